@@ -1,0 +1,136 @@
+"""Decoders side by side: the same problems, one request at a time, in turns, each decoder at its own best setting.
+
+Speed is compared only within one run: every problem is solved by every contender before the next problem, in an order
+that rotates, so that whatever else the machine does hits all of them alike.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from parablock.config import DecodeConfig
+from parablock.data.chat import encode_prompt
+from parablock.data.word_problems import Problem
+from parablock.decoding.generate import GenerateOutput, generate
+from parablock.evals.word_problems import is_correct
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model with a way to decode it; `threads` is torch's intra-op thread count."""
+
+    name: str
+    model: Any
+    config: DecodeConfig
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender's row of the table.
+
+    `tokens_per_second`: response tokens over seconds, prefill included, ratio of sums (tps per request). `speed_up`:
+    median over problems of (first contender's seconds per token / this one's), with its quartiles in `speed_up_range`.
+    """
+
+    name: str
+    dtype: str
+    threads: int
+    problems: int
+    accuracy: float
+    standard_error: float
+    tokens_per_second: float
+    tokens_per_forward: float
+    milliseconds_per_forward: float
+    speed_up: float
+    speed_up_range: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def compare(
+    contenders: Sequence[Contender],
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[Result]:
+    """Let every contender solve every problem, batch 1; speed-ups are relative to the first contender."""
+    import torch
+
+    threads_before = torch.get_num_threads()
+    outputs: list[list[GenerateOutput]] = [[] for _ in contenders]
+    try:
+        for number, problem in enumerate(problems):
+            prompt = encode_prompt(tokenizer, problem.messages()[:1])
+            for turn in range(len(contenders)):
+                which = (number + turn) % len(contenders)
+                contender = contenders[which]
+                torch.set_num_threads(contender.threads)
+                if number == 0:
+                    generate(contender.model, prompt, replace(contender.config, max_new_tokens=8))  # warm up
+                outputs[which].append(generate(contender.model, prompt, contender.config))
+            if progress:
+                progress(number + 1)
+    finally:
+        torch.set_num_threads(threads_before)
+    return [
+        _result(contender, tokenizer, problems, mine, outputs[0])
+        for contender, mine in zip(contenders, outputs, strict=True)
+    ]
+
+
+def _result(
+    contender: Contender,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    outputs: list[GenerateOutput],
+    baseline: list[GenerateOutput],
+) -> Result:
+    right = [is_correct(tokenizer, o.tokens[0], p) for o, p in zip(outputs, problems, strict=True)]
+    accuracy = statistics.mean(right)
+    tokens = sum(o.new_tokens for o in outputs)
+    seconds = sum(o.seconds for o in outputs)
+    ratios = sorted(o.tokens_per_second / b.tokens_per_second for o, b in zip(outputs, baseline, strict=True))
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return Result(
+        name=contender.name,
+        dtype=str(contender.model.dtype).removeprefix("torch."),
+        threads=contender.threads,
+        problems=len(problems),
+        accuracy=accuracy,
+        standard_error=(accuracy * (1 - accuracy) / len(problems)) ** 0.5,
+        tokens_per_second=tokens / seconds,
+        tokens_per_forward=tokens / max(1, sum(sum(o.decode_forwards) for o in outputs)),
+        milliseconds_per_forward=1000 * seconds / sum(o.forwards for o in outputs),
+        speed_up=statistics.median(ratios),
+        speed_up_range=(quartiles[0], quartiles[2]),
+    )
+
+
+def fastest_setting(
+    models: Sequence[Any], config: DecodeConfig, prompt: list[int], *, threads: Sequence[int], repeats: int = 3
+) -> tuple[Any, int]:
+    """Which of `models` (one per dtype) and of `threads` decodes `prompt` fastest: the best of `repeats` each."""
+    import torch
+
+    threads_before = torch.get_num_threads()
+    best: dict[tuple[int, int], float] = {}
+    config = replace(config, stop_token_ids=())  # every setting decodes the same number of tokens
+    try:
+        for _ in range(repeats):
+            for number, model in enumerate(models):
+                for count in threads:
+                    torch.set_num_threads(count)
+                    started = time.perf_counter()
+                    out = generate(model, prompt, config)
+                    seconds = (time.perf_counter() - started) / out.forwards
+                    best[number, count] = min(seconds, best.get((number, count), seconds))
+    finally:
+        torch.set_num_threads(threads_before)
+    number, count = min(best, key=lambda setting: best[setting])
+    return models[number], count

@@ -1,0 +1,83 @@
+"""Plots of a comparison: what a threshold costs and gives, and the order in which one answer was revealed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parablock.bench.compare import Result
+from parablock.decoding.steps import Step
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
+
+
+def plot_thresholds(path: Path, thresholds: Sequence[float], results: Sequence[Result], baseline: Result) -> None:
+    """Accuracy (with standard errors) and tokens per second against the threshold, AR as dashed lines."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    left.errorbar(
+        thresholds,
+        [100 * r.accuracy for r in results],
+        yerr=[100 * r.standard_error for r in results],
+        fmt="o-",
+        color=BLUE,
+        capsize=3,
+        label="block diffusion",
+    )
+    left.axhline(100 * baseline.accuracy, color=GREY, ls="--", label="autoregressive")
+    left.set(xlabel="threshold", ylabel="accuracy (%)", title="Accuracy")
+    right.plot(thresholds, [r.tokens_per_second for r in results], "o-", color=ORANGE, label="block diffusion")
+    right.axhline(baseline.tokens_per_second, color=GREY, ls="--", label="autoregressive")
+    for x, r in zip(thresholds, results, strict=True):
+        right.annotate(f"{r.speed_up:.1f}x", (x, r.tokens_per_second), textcoords="offset points", xytext=(0, 6))
+    right.set(xlabel="threshold", ylabel="tokens per second (batch 1)", title="Speed")
+    right.set_ylim(bottom=0, top=1.15 * max(r.tokens_per_second for r in [*results, baseline]))
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.legend(loc="best", frameon=False)
+    _write(figure, path)
+
+
+def plot_denoising(path: Path, tokenizer: Any, prompt_length: int, steps: Sequence[Step], title: str) -> None:
+    """One answer, token by token, each coloured by the forward that revealed it and labelled with its number."""
+    plt = _pyplot()
+    order: dict[int, int] = {}
+    for number, step in enumerate(steps, start=1):
+        for column in step.revealed[0].nonzero()[0]:
+            order.setdefault(int(step.start[0] + column) - prompt_length, number)
+    tokens = steps[-1].tokens()
+    words = [tokenizer.decode([token]).replace("\n", "\\n").strip() or "_" for token in tokens]
+    columns = 12
+    rows = -(-len(words) // columns)
+    figure, axis = plt.subplots(figsize=(columns * 0.85, 0.62 * rows + 0.9), layout="constrained")
+    shades = plt.get_cmap("viridis")(np.linspace(0.15, 0.95, max(order.values()) + 1))
+    for i, word in enumerate(words):
+        x, y = i % columns, -(i // columns)
+        shade = shades[order[i]]
+        axis.add_patch(plt.Rectangle((x, y), 0.96, 0.9, color=shade))
+        dark = shade[:3].mean() < 0.55
+        axis.text(x + 0.48, y + 0.52, word[:9], ha="center", va="center", fontsize=9, color="w" if dark else "k")
+        axis.text(x + 0.92, y + 0.08, order[i], ha="right", va="bottom", fontsize=6, color="w" if dark else "k")
+    axis.set(xlim=(0, columns), ylim=(1 - rows, 1), title=title)
+    axis.axis("off")
+    _write(figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("plots need matplotlib; install it with: pip install 'parablock[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _write(figure: Any, path: Path) -> None:
+    """Write the PNG whole or not at all."""
+    scratch = path.with_suffix(".part.png")
+    figure.savefig(scratch, dpi=130)
+    scratch.replace(path)
+    _pyplot().close(figure)

@@ -1,0 +1,194 @@
+"""The `parablock` command: parse, call, print. Heavy imports happen inside the commands."""
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from parablock import __version__
+from parablock.config import DecodeConfig
+
+app = typer.Typer(
+    help="Turn autoregressive language models into block-diffusion models and decode them many tokens at a time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A checkpoint directory, a hub id, 'bundled' or 'bundled-ar'.")
+]
+
+DECODE_HELP = {
+    "mode": "'diffusion' (several tokens per forward) or 'autoregressive'.",
+    "max_new_tokens": "The answer is at most this long, exactly. Default: 512, less if the context is shorter.",
+    "block_size": "Tokens decoded together. Default: the checkpoint's own.",
+    "sub_block_size": "A block is revealed in parts of this many tokens, left to right.",
+    "strategy": "Which positions to reveal: 'threshold', 'factor' or 'fixed'.",
+    "threshold": "Reveal positions whose confidence is above this [0, 1].",
+    "factor": "For 'factor': larger reveals more.",
+    "tokens_per_step": "For 'fixed': how many positions a step reveals.",
+    "temperature": "0 is greedy; above, tokens are sampled.",
+    "top_p": "Sample from the smallest set of tokens with this probability.",
+    "sub_block_cache": "Reuse the K/V of the other sub-blocks inside a block.",
+    "stop_token_ids": "Token ids that end the answer (repeatable). Default: the checkpoint's own.",
+    "mask_token_id": "The id that stands at masked positions. Default: the checkpoint's own.",
+    "seed": "Makes sampling repeatable.",
+}
+
+
+def _decode_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(..., config)` one option per field of `DecodeConfig` instead of `config`."""
+    hints = get_type_hints(DecodeConfig)
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "config"]
+    extra = []
+    for f in dataclasses.fields(DecodeConfig):
+        kind: Any = hints[f.name]
+        default: Any = f.default
+        if f.name in ("mode", "strategy"):
+            kind = str
+        elif f.name == "stop_token_ids":
+            kind = list[int] | None
+        elif f.name == "max_new_tokens":
+            kind, default = int | None, None
+        option = typer.Option(help=DECODE_HELP[f.name], rich_help_panel="Decoding")
+        extra.append(
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        )
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        decode = {p.name: given.pop(p.name) for p in extra}
+        stops = decode["stop_token_ids"]
+        decode["stop_token_ids"] = tuple(stops) if stops else None
+        command(**given, config=decode)
+
+    wrapper.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *extra]}
+    return wrapper
+
+
+def _config(decode: dict[str, Any], context: int | None = None, prompt: int = 0) -> DecodeConfig:
+    """The `DecodeConfig` of the options; a `max_new_tokens` that was not given is cut to what the context leaves."""
+    if decode["max_new_tokens"] is None:
+        room = DecodeConfig().max_new_tokens if context is None else context - prompt
+        decode = {**decode, "max_new_tokens": max(1, min(DecodeConfig().max_new_tokens, room))}
+    return DecodeConfig(**decode)
+
+
+@app.command()
+@_decode_options
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads stdin.")] = None,
+    model: ModelOption = "bundled",
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens and figures.")] = False,
+    config: Any = None,
+) -> None:
+    """Answer one prompt, to stdout."""
+    _config(config)  # wrong settings are told before anything is loaded
+    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    assert text is not None
+    if not text.strip():
+        raise ValueError("the prompt is empty; pass it as an argument or on stdin")
+    from parablock.checkpoints import load
+    from parablock.data.chat import encode_prompt
+    from parablock.decoding.generate import generate as decode
+
+    loaded, tokenizer = load(model)
+    if raw or tokenizer.chat_template is None:
+        ids = tokenizer(text)["input_ids"]
+    else:
+        ids = encode_prompt(tokenizer, [{"role": "user", "content": text.strip()}])
+    resolved = _config(config, loaded.config.max_position_embeddings, len(ids))
+    out = decode(loaded, ids, resolved)
+    answer = tokenizer.decode(out.tokens[0], skip_special_tokens=True)
+    if as_json:
+        figures = {
+            "new_tokens": out.new_tokens,
+            "forwards": out.forwards,
+            "tokens_per_forward": round(out.tokens_per_forward, 3),
+            "tokens_per_second": round(out.tokens_per_second, 1),
+            "seconds": round(out.seconds, 4),
+        }
+        print(json.dumps({"model": model, "text": answer, "tokens": out.tokens[0], **figures}, ensure_ascii=False))
+    else:
+        print(answer)
+
+
+@app.command()
+@_decode_options
+def chat(
+    model: ModelOption = "bundled",
+    history: Annotated[
+        bool | None,
+        typer.Option(help="Send earlier turns along. Default: yes, but not to the bundled models (single questions)."),
+    ] = None,
+    config: Any = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    _config(config)
+    from rich.console import Console
+
+    from parablock.app.terminal import chat as converse
+    from parablock.checkpoints import BUNDLED_MODELS, load
+
+    loaded, tokenizer = load(model)
+    keep = model not in BUNDLED_MODELS if history is None else history
+    resolved = _config(config, loaded.config.max_position_embeddings // 2)
+    converse(loaded, tokenizer, resolved, Console(highlight=False), history=keep)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Which test problems: every seed gives a fresh set.")] = 1,
+    problems: Annotated[int | None, typer.Option(help="How many test problems. Default: 100; 30 with --quick.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Adapt for one minute, 30 problems.")] = False,
+    bundled: Annotated[bool, typer.Option("--bundled", help="Skip the live adaptation.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where the plots and the report go.")] = Path("parablock-demo"),
+    report: Annotated[Path | None, typer.Option(help="The JSON report. Default: report.json in the folder.")] = None,
+) -> None:
+    """Watch a small AR model become a block-diffusion model, and compare the two."""
+    from rich.console import Console
+
+    from parablock.demo import DemoConfig, run_demo
+
+    count = (30 if quick else 100) if problems is None else problems
+    minutes = 0.0 if bundled else 1.0 if quick else 3.0
+    run_demo(DemoConfig(seed, count, minutes, folder, report), Console(highlight=False))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"parablock {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; a wrong value or a missing file is one line on stderr and exit status 2, Ctrl-C is 130."""
+    # waiting threads must not spin: on a shared machine they slow small models down many times
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        print(f"parablock: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("parablock: stopped", file=sys.stderr)
+        raise SystemExit(130) from None

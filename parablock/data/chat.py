@@ -1,0 +1,74 @@
+"""Chat messages -> token ids and labels: only what the assistant says is learned."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # the label of a position that is no target
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One chat as ids and labels of equal length; `labels[i]` is `input_ids[i]` where learned, else -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> Sample:
+    """Render `messages` with the tokenizer's chat template; label the assistant turns, end-of-turn token included.
+
+    Every turn is tokenized on its own, so the ids up to an answer are exactly those that `encode_prompt` gives for the
+    same conversation at inference time. What the template writes after the last end-of-turn token is dropped.
+
+    Raises:
+        ValueError: no assistant message, or a template that rewrites earlier turns.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("the conversation has no assistant message to learn; add one with role 'assistant'")
+    input_ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
+        answer = _end_of_turn(tokenizer, _render(tokenizer, messages[: i + 1], add_generation_prompt=False))
+        if not prompt.startswith(done) or not answer.startswith(prompt):
+            raise ValueError(
+                f"the chat template rewrites earlier turns (assistant message {i}), so its answer cannot be told "
+                "from the prompt; train on conversations that end with this message, or use another template"
+            )
+        for text, learned in ((prompt[len(done) :], False), (answer[len(prompt) :], True)):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            input_ids += ids
+            labels += ids if learned else [IGNORE] * len(ids)
+        done = answer
+    return Sample(input_ids, labels)
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation up to where the assistant's next answer starts."""
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)
+    return text
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """`text` up to its last end-of-sequence token."""
+    eos = str(tokenizer.eos_token)
+    end = text.rfind(eos)
+    return text if end < 0 else text[: end + len(eos)]

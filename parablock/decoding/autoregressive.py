@@ -1,0 +1,63 @@
+"""Autoregressive decoding on the same stock model and cache: the honest baseline of every speed-up.
+
+One causal prefill over the whole prompts, then one token per row and forward.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from parablock.config import DecodeConfig
+from parablock.decoding.cache import BlockCache
+from parablock.decoding.forward import forward
+from parablock.decoding.steps import Limits, Rows, Step, draw
+
+
+@torch.inference_mode()
+def decode_autoregressive(
+    model: nn.Module, prompts: list[list[int]], config: DecodeConfig, limits: Limits, seed: int
+) -> Iterator[Step]:
+    """Decode `prompts` token by token; yields one `Step` per forward, the prefill (which gives a token) included."""
+    lengths = np.array([len(p) for p in prompts])
+    longest = int(lengths.max())
+    capacity = longest + config.max_new_tokens + 1
+    ids = np.zeros((len(prompts), capacity), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    state = Rows(ids, np.arange(capacity) >= lengths[:, None], lengths, limits)
+    cache = BlockCache(len(prompts), capacity)
+    rows = np.arange(len(prompts))
+
+    keep, which = np.unique(lengths - 1, return_inverse=True)
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril_()[None, None]
+    logits = forward(
+        model, cache, ids[:, :longest], start_R=np.zeros_like(lengths), visible_R=np.full_like(lengths, longest),
+        mask=causal, keep=keep,
+    )  # fmt: skip
+    logits = logits[torch.arange(len(rows), device=logits.device), torch.from_numpy(which).to(logits.device)][:, None]
+    state.prefills += 1
+    yield _take(state, logits, lengths, config, seed, "prefill")
+
+    next_R = lengths.copy()  # the token each row runs next; a finished row repeats its last one
+    while not state.done_R.all():
+        logits = forward(model, cache, ids[rows, next_R][:, None], start_R=next_R, visible_R=next_R + 1)
+        state.forwards_R += ~state.done_R
+        next_R = next_R + ~state.done_R
+        yield _take(state, logits, next_R, config, seed, "autoregressive")
+
+
+def _take(
+    state: Rows,
+    logits: torch.Tensor,
+    target_R: np.ndarray,
+    config: DecodeConfig,
+    seed: int,
+    kind: str,
+) -> Step:
+    """One token per unfinished row, written at `target_R`."""
+    tokens, confidence = draw(logits, target_R[:, None], state, config, seed)
+    chosen = ~state.done_R[:, None]
+    state.reveal(target_R[:, None], tokens.cpu().numpy(), chosen)
+    return state.step(kind, target_R, 1, target_R[:, None], confidence.cpu().numpy(), chosen)  # type: ignore[arg-type]

@@ -1,0 +1,147 @@
+"""The reference loop of block diffusion: prefill, denoise block by block, commit (Fast-dLLM v2, section 3.3).
+
+Shapes: R rows, D block size, S sub-block size, C capacity of the token buffers.
+
+Every row walks at its own pace: in one step one row may denoise its first sub-block while another commits a block. A
+step is one forward over whole blocks, `[R, D]`, or, when no row needs more, over one sub-block each, `[R, S]`; where a
+row takes part in a wider forward than it needs, only its own slice of the cache is written. So a row's tokens do not
+depend on its neighbours. The control state lives on the host in numpy; the one device sync of a step fetches the
+proposed tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from parablock.config import DecodeConfig
+from parablock.decoding.cache import BlockCache
+from parablock.decoding.forward import forward
+from parablock.decoding.steps import Limits, Rows, Step, draw
+from parablock.decoding.unmasking import reveal
+from parablock.diffusion.masks import block_causal_mask
+
+
+@dataclass
+class _Blocks(Rows):
+    """Where every row stands: its tokens, what is still masked, and the block it is decoding."""
+
+    start_R: np.ndarray  # first position of the row's active block = its committed length
+    written_R: np.ndarray  # bool: the active block has K/V from an earlier forward
+
+
+@torch.inference_mode()
+def decode_blocks(
+    model: nn.Module, prompts: list[list[int]], config: DecodeConfig, limits: Limits, seed: int
+) -> Iterator[Step]:
+    """Decode `prompts`; yields one `Step` per forward, the prefill included. `config.block_size` must be set."""
+    D, S = config.block_size, config.sub_block_size
+    assert D is not None
+    state = _start(prompts, config, limits)
+    cache = BlockCache(len(prompts), state.ids_RC.shape[1])
+    if state.start_R.any():
+        yield _prefill(model, cache, state, config, seed)
+
+    rows = np.arange(len(prompts))
+    while not state.done_R.all():
+        block_RD = state.start_R[:, None] + np.arange(D)
+        masked_RD = state.masked_RC[rows[:, None], block_RD]
+        first_R = masked_RD.argmax(1)  # first masked position: left to right, its sub-block is the current one
+        active_R = ~state.done_R
+        commit_R = active_R & ~masked_RD.any(1)
+        sub_R = first_R // S * S
+        whole_R = commit_R | (active_R & (~state.written_R | (sub_R == first_R) | (not config.sub_block_cache)))
+        wide = bool(whole_R.any())
+
+        # the forward: whole blocks, or each row's sub-block; cache slots beyond a row's own part go to the spare slot
+        offset_R = np.zeros_like(sub_R) if wide else sub_R
+        query_RQ = offset_R[:, None] + np.arange(D if wide else S)
+        in_sub_RQ = (query_RQ >= sub_R[:, None]) & (query_RQ < sub_R[:, None] + S)
+        write_RQ = active_R[:, None] & (whole_R[:, None] | in_sub_RQ)
+        position_RQ = state.start_R[:, None] + query_RQ
+
+        # token shift: position i is predicted at i - 1; a committing row asks its last position for the next block
+        candidate_RS = np.take_along_axis(masked_RD, sub_R[:, None] + np.arange(S), 1) & active_R[:, None]
+        source_RS = np.maximum(sub_R[:, None] + np.arange(S) - 1 - offset_R[:, None], 0)
+        target_RS = block_RD[:, :1] + sub_R[:, None] + np.arange(S)
+        candidate_RS[commit_R] = False
+        candidate_RS[commit_R, 0] = True
+        source_RS[commit_R, 0] = D - 1
+        target_RS[commit_R, 0] = state.start_R[commit_R] + D
+        alike = bool((source_RS == source_RS[0]).all())
+
+        logits = forward(
+            model,
+            cache,
+            np.where(state.masked_RC, config.mask_token_id, state.ids_RC)[rows[:, None], position_RQ],
+            start_R=position_RQ[:, 0],
+            slots_RQ=np.where(write_RQ, position_RQ, cache.capacity),
+            visible_R=state.start_R + D,
+            keep=source_RS[0] if alike else None,
+        )
+        if not alike:
+            source = torch.from_numpy(source_RS).to(logits.device)
+            logits = logits.gather(1, source[..., None].expand(-1, -1, logits.shape[-1]))
+        tokens, confidence = draw(logits, target_RS, state, config, seed)
+        chosen = reveal(confidence, torch.from_numpy(candidate_RS).to(logits.device), config)
+        tokens_RS, confidence_RS, chosen_RS = tokens.cpu().numpy(), confidence.cpu().numpy(), chosen.cpu().numpy()
+
+        state.forwards_R += active_R
+        state.written_R |= whole_R
+        state.written_R[commit_R] = False
+        state.start_R[commit_R] += D
+        shown_R = np.where(commit_R, state.start_R, block_RD[:, 0])
+        state.reveal(target_RS, tokens_RS, chosen_RS)
+        yield state.step(
+            "commit" if commit_R.any() and not (active_R & ~commit_R).any() else "denoise",
+            shown_R, D, target_RS, confidence_RS, chosen_RS,
+        )  # fmt: skip
+
+
+def _start(prompts: list[list[int]], config: DecodeConfig, limits: Limits) -> _Blocks:
+    """Prompts known, everything after them masked; the active block is the one that holds the first masked position."""
+    D = config.block_size
+    assert D is not None
+    lengths = np.array([len(p) for p in prompts])
+    capacity = -(-int(lengths.max() + config.max_new_tokens) // D) * D + D  # one block to spare: a commit's first token
+    ids = np.zeros((len(prompts), capacity), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    return _Blocks(
+        ids_RC=ids,
+        masked_RC=np.arange(capacity) >= lengths[:, None],
+        prompt_R=lengths,
+        limits=limits,
+        start_R=lengths // D * D,
+        written_R=np.zeros(len(prompts), dtype=bool),
+    )
+
+
+def _prefill(model: nn.Module, cache: BlockCache, state: _Blocks, config: DecodeConfig, seed: int) -> Step:
+    """All whole blocks of all prompts in one block-causal forward.
+
+    A prompt that ends on a block boundary gets its first new token from the last logits. Shorter rows ride along: what
+    is computed past their own blocks is overwritten before anything can see it.
+    """
+    D = config.block_size
+    assert D is not None
+    length = int(state.start_R.max())
+    last = np.maximum(state.start_R - 1, 0)
+    keep, which = np.unique(last, return_inverse=True)
+    logits = forward(
+        model,
+        cache,
+        np.where(state.masked_RC, config.mask_token_id, state.ids_RC)[:, :length],
+        start_R=np.zeros_like(last),
+        visible_R=np.full_like(last, length),
+        mask=None if length == D else block_causal_mask(length, D)[None, None],
+        keep=keep,
+    )
+    logits = logits[torch.arange(len(last), device=logits.device), torch.from_numpy(which).to(logits.device)]
+    boundary_R1 = ((state.prompt_R == state.start_R) & (state.start_R > 0))[:, None]
+    tokens, confidence = draw(logits[:, None], state.start_R[:, None], state, config, seed)
+    state.reveal(state.start_R[:, None], tokens.cpu().numpy(), boundary_R1)
+    state.prefills += 1
+    return state.step("prefill", state.start_R, D, state.start_R[:, None], confidence.cpu().numpy(), boundary_R1)

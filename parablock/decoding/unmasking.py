@@ -1,0 +1,72 @@
+"""Which tokens a denoising step proposes, and which of them it reveals.
+
+Shapes: R rows, S positions of the current sub-block, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from parablock.config import DecodeConfig
+
+
+def propose(logits_RSV: Tensor, uniform_RS: Tensor | None, config: DecodeConfig) -> tuple[Tensor, Tensor]:
+    """A token for every position and its confidence: the probability it has under the decoding distribution.
+
+    Greedy (`temperature=0`): the most probable token. Otherwise a sample of softmax(logits / temperature) cut to its
+    `top_p` nucleus and renormalised, drawn by inverse transform from `uniform_RS` in [0, 1).
+
+    Returns `tokens_RS` and `confidence_RS` (float32).
+    """
+    if config.temperature == 0.0:
+        confidence, tokens = torch.softmax(logits_RSV.float(), -1).max(-1)
+        return tokens, confidence
+    assert uniform_RS is not None
+    probability, order = torch.softmax(logits_RSV.float() / config.temperature, -1).sort(-1, descending=True)
+    cumulative = probability.cumsum(-1)
+    nucleus = cumulative - probability < config.top_p  # the most probable token always belongs to it
+    probability = probability * nucleus
+    cumulative = probability.cumsum(-1)
+    total = cumulative[..., -1:]
+    rank = torch.searchsorted(cumulative, uniform_RS[..., None] * total, right=True)
+    rank = rank.clamp_(max=nucleus.sum(-1, keepdim=True) - 1)
+    return order.gather(-1, rank)[..., 0], (probability / total).gather(-1, rank)[..., 0]
+
+
+def reveal(confidence_RS: Tensor, candidates_RS: Tensor, config: DecodeConfig) -> Tensor:
+    """Which of the masked positions `candidates_RS` (bool) to reveal: at least one in every row that has any.
+
+    - threshold: all whose confidence is above `threshold`, and the most confident one (Fast-dLLM, algorithm 1);
+    - factor: the largest n with (n + 1)(1 - c_n) < factor, c sorted in descending order (Fast-dLLM, section 3.3);
+    - fixed: the `tokens_per_step` most confident.
+    """
+    confidence = confidence_RS.masked_fill(~candidates_RS, -1.0)
+    if config.strategy == "threshold":
+        best = confidence.argmax(-1, keepdim=True)
+        chosen = (confidence > config.threshold).scatter_(-1, best, True)
+        return chosen & candidates_RS
+    ordered, order = confidence.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device)  # n
+    if config.strategy == "factor":
+        allowed = ((rank + 1) * (1 - ordered) < config.factor) & (ordered >= 0)
+        count = (allowed * rank).amax(-1, keepdim=True).clamp_(min=1)
+    else:
+        count = torch.full_like(order[..., :1], config.tokens_per_step)
+    return torch.zeros_like(candidates_RS).scatter_(-1, order, rank <= count) & candidates_RS
+
+
+def uniform(seed: int, row_R1: Tensor, position_RS: Tensor, draw_R1: Tensor) -> Tensor:
+    """Counter-based random numbers in [0, 1), float32: a hash of `(seed, row, position, draw)`.
+
+    A row's numbers depend on nothing else, so neither on its neighbours in the batch nor on the device.
+    """
+    state = torch.full_like(position_RS, seed)
+    for part in (row_R1, position_RS, draw_R1):
+        state = _mix(state ^ _mix(part.expand_as(state) + 1))
+    return (state >> 40 & 0xFFFFFF).float() / 2**24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, in wrapping 64-bit arithmetic."""
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & 0x1FFFFFFFF)

@@ -1,0 +1,265 @@
+"""`parablock demo`: a small AR model becomes a block-diffusion model, and both answer the same questions.
+
+The story in order: measure the bundled AR model; adapt it live for a few minutes; compare, on fresh held-out problems,
+AR decoding, the live adaptation and the bundled adapted checkpoint; write the table, two plots and a JSON report.
+"""
+
+import copy
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from parablock.bench.compare import Contender, Result, compare, fastest_setting
+from parablock.bench.plots import plot_denoising, plot_thresholds
+from parablock.checkpoints import load
+from parablock.config import DecodeConfig, TrainConfig
+from parablock.data.chat import Sample, encode_chat, encode_prompt
+from parablock.data.word_problems import Problem, word_problem
+from parablock.decoding.generate import stream
+from parablock.evals.word_problems import MAX_NEW_TOKENS, evaluate, test_problems
+
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+CHOSEN = 0.9  # the threshold of the paper
+LIVE_RECIPE = TrainConfig(
+    batch_size=32, micro_batch_size=32, context_length=256, packing=False, block_size=32, optimizer="muon", lr=3e-3,
+    muon_lr=1e-2, warmup_steps=10, decay_share=0.3, log_every=10,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """`live_minutes=0` skips the live adaptation."""
+
+    seed: int = 1
+    problems: int = 100
+    live_minutes: float = 3.0
+    folder: Path = Path("parablock-demo")
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.problems < 1:
+            raise ValueError(f"problems={self.problems} is out of range; use at least 1")
+
+
+@dataclass
+class _Live:
+    """The live adaptation as it went."""
+
+    model: Any
+    steps: int = 0
+    seconds: float = 0.0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
+    """Run the demo; returns the report that was also written as JSON."""
+    started = time.perf_counter()
+    folder = config.folder
+    report_path = config.report or folder / "report.json"
+    for directory in (folder, report_path.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    problems = test_problems(config.seed, config.problems)
+    diffusion, tokenizer = load("bundled")
+    ar, _ = load("bundled-ar")
+    size = sum(p.numel() for p in ar.parameters()) / 1e6
+    console.print(f"[bold]parablock demo[/]: a {size:.1f}M-parameter AR model becomes a block-diffusion model")
+    console.print(f"test problems: {config.problems}, seed {config.seed} (none of them in the training data)\n")
+    console.print(f"[dim]{problems[0].question}[/]\n[green]{problems[0].answer}[/]\n")
+
+    live = _adapt_live(ar, tokenizer, config, console) if config.live_minutes > 0 else None
+    contenders = _contenders(ar, diffusion, live, tokenizer, problems[0], console)
+    with _bar(console) as bar:
+        task = bar.add_task(f"{len(contenders)} decoders, the same problems", total=len(problems))
+        results = compare(contenders, tokenizer, problems, progress=lambda done: bar.update(task, completed=done))
+    _print_table(results, console)
+
+    chosen = results[-len(THRESHOLDS) :]
+    plot_thresholds(folder / "thresholds.png", THRESHOLDS, chosen, results[0])
+    prompt = encode_prompt(tokenizer, problems[0].messages()[:1])
+    steps = list(stream(diffusion, prompt, contenders[-len(THRESHOLDS) + THRESHOLDS.index(CHOSEN)].config))
+    title = f"{len(steps[-1].tokens())} tokens in {len(steps)} forwards (numbers: which one revealed the token)"
+    plot_denoising(folder / "denoising.png", tokenizer, len(prompt), steps, title)
+
+    report = {
+        "config": {**asdict(config), "folder": str(folder), "report": str(report_path)},
+        "machine": _machine(),
+        "results": [r.as_dict() for r in results],
+        "live": None if live is None else {"steps": live.steps, "seconds": live.seconds, "log": live.log},
+        "seconds": time.perf_counter() - started,
+    }
+    scratch = report_path.with_suffix(".part")
+    scratch.write_text(json.dumps(report, indent=2) + "\n")
+    scratch.replace(report_path)
+    _print_end(results, folder, report_path, config, console)
+    return report
+
+
+def _adapt_live(ar: Any, tokenizer: Any, config: DemoConfig, console: Console) -> _Live:
+    """Adapt a copy of the AR model for `live_minutes`; its learning-rate schedule follows the clock."""
+    from transformers import TrainerCallback
+
+    from parablock.training.trainer import train
+
+    live = _Live(copy.deepcopy(ar))
+    held_out = test_problems(config.seed + 1, 16)
+    budget = 60 * config.live_minutes
+    console.print(f"[bold]adapting live[/] for {config.live_minutes:g} min (watch tokens per forward rise)")
+    steps = _steps_in(budget, live.model, tokenizer)
+    recipe = TrainConfig(**{**asdict(LIVE_RECIPE), "steps": steps, "seed": config.seed})
+    samples = [
+        encode_chat(tokenizer, word_problem("train", 10**6 + config.seed, i).messages())
+        for i in range(steps * recipe.batch_size)
+    ]
+    started = time.perf_counter()
+
+    class Stop(TrainerCallback):  # a slower stretch than the estimate must not make the demo late
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if time.perf_counter() - started > 1.3 * budget:
+                control.should_training_stop = True
+
+    def progress(step: int, logs: dict[str, float]) -> None:
+        if "loss" not in logs:
+            return
+        live.model.eval()
+        score = evaluate(live.model, tokenizer, held_out, _decode(CHOSEN))
+        live.model.train()
+        live.steps = step
+        live.log.append({"step": step, "loss": logs["loss"], "tokens_per_forward": score.tokens_per_forward})
+        seconds = time.perf_counter() - started
+        console.print(
+            f"  {seconds:4.0f} s  step {step:4d}/{steps}  loss {logs['loss']:6.3f}  "
+            f"tokens/forward {score.tokens_per_forward:4.2f}  solved {score.correct}/{score.problems}"
+        )
+
+    with tempfile.TemporaryDirectory() as scratch:
+        train(live.model, tokenizer, samples, recipe, scratch, progress=progress, callbacks=[Stop()])
+    live.seconds = time.perf_counter() - started
+    return live
+
+
+def _steps_in(seconds: float, model: Any, tokenizer: Any) -> int:
+    """How many steps of the live recipe fit into `seconds`: one step on a copy, timed."""
+    from parablock.training.rows import RowDataset, collate
+    from parablock.diffusion.objective import diffusion_loss
+
+    recipe = LIVE_RECIPE
+    samples: Sequence[Sample] = [
+        encode_chat(tokenizer, word_problem("train", 10**6, i).messages()) for i in range(recipe.batch_size)
+    ]
+    rows = RowDataset(
+        samples, block_size=recipe.block_size, context_length=recipe.context_length,
+        pad_token_id=tokenizer.pad_token_id, packing=False, seed=0,
+    )  # fmt: skip
+    batch = collate([rows[i] for i in range(len(rows))], tokenizer.pad_token_id)
+    trial = copy.deepcopy(model).train()
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        diffusion_loss(
+            trial, **batch, block_size=recipe.block_size, mask_token_id=model.config.mask_token_id
+        ).backward()
+        times.append(time.perf_counter() - started)
+    return max(10, int(seconds / (1.25 * min(times))))  # a quarter for the optimiser, data and the live tests
+
+
+def _decode(threshold: float) -> DecodeConfig:
+    return DecodeConfig(max_new_tokens=MAX_NEW_TOKENS, threshold=threshold)
+
+
+def _contenders(
+    ar: Any, diffusion: Any, live: _Live | None, tokenizer: Any, problem: Problem, console: Console
+) -> list[Contender]:
+    """AR first; every mode with the dtype and thread count that are fastest for it on this machine."""
+    import torch
+
+    prompt = encode_prompt(tokenizer, problem.messages()[:1])
+    threads = sorted({1, torch.get_num_threads()})
+    autoregressive = DecodeConfig(mode="autoregressive", max_new_tokens=MAX_NEW_TOKENS)
+    trial = {"max_new_tokens": 32, "mode": "autoregressive"}
+    with console.status("choosing each mode's fastest dtype and thread count"):
+        best_ar, ar_threads = fastest_setting(_dtypes(ar), DecodeConfig(**trial), prompt, threads=threads)  # type: ignore[arg-type]
+        best, best_threads = fastest_setting(
+            _dtypes(diffusion), DecodeConfig(max_new_tokens=48, threshold=CHOSEN), prompt, threads=threads
+        )
+    contenders = [Contender("autoregressive", best_ar, autoregressive, ar_threads)]
+    if live is not None:
+        model = live.model.to(best.dtype)
+        contenders.append(Contender(f"live, {live.steps} steps, {CHOSEN}", model, _decode(CHOSEN), best_threads))
+    return contenders + [Contender(f"block diffusion, {t}", best, _decode(t), best_threads) for t in THRESHOLDS]
+
+
+def _dtypes(model: Any) -> list[Any]:
+    import torch
+
+    return [model, copy.deepcopy(model).to(torch.bfloat16)]
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+def _print_table(results: Sequence[Result], console: Console) -> None:
+    table = Table(title="the same problems, one at a time", title_justify="left")
+    table.add_column("decoder, threshold")
+    for column in ("accuracy", "tokens/s", "tokens/forward", "speed-up"):
+        table.add_column(column, justify="right")
+    for r in results:
+        table.add_row(
+            f"{r.name} [dim]({r.dtype}, {r.threads} thr)[/]",
+            f"{100 * r.accuracy:.1f} ± {100 * r.standard_error:.1f} %",
+            f"{r.tokens_per_second:.0f}",
+            f"{r.tokens_per_forward:.2f}",
+            f"{r.speed_up:.2f}x",
+        )
+    console.print(table)
+
+
+def _print_end(
+    results: Sequence[Result], folder: Path, report: Path, config: DemoConfig, console: Console
+) -> None:
+    ar, chosen = results[0], next(r for r in results if r.name == f"block diffusion, {CHOSEN}")
+    console.print(
+        f"Block diffusion at threshold {CHOSEN} is [bold]{chosen.speed_up:.1f}x[/] as fast as AR decoding, at "
+        f"{100 * chosen.accuracy:.1f} % against {100 * ar.accuracy:.1f} % solved."
+    )
+    console.print(f"written: {folder / 'thresholds.png'}, {folder / 'denoising.png'}, {report}\n")
+    console.print("next:")
+    console.print("  parablock chat                                  talk to the bundled model")
+    console.print(f"  parablock demo --bundled --seed {config.seed + 1:<4}             other test problems")
+    console.print("  parablock generate --json 'Mara has 4 boxes with 6 pencils in each. ...'")
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+

@@ -1,0 +1,170 @@
+"""Who attends to whom: the dense masks, and the block layout of a training step with its attention.
+
+Shapes: B rows, L tokens a row, D block size, N blocks a row (L = N D), U units, T = U D tokens of a step.
+
+A training step is a list of *units*. A unit is one block of one row as one stream shows it: clean, or noisy in the
+first or the second view. Every unit attends to itself, both directions, and to the clean units before it in its row;
+that one sentence is the block-diffusion mask (Fast-dLLM v2, section 3.1). Units that nothing needs are left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+CLEAN, NOISY, COMPLEMENT = 0, 1, 2  # the streams
+
+BLOCK_ATTENTION = "parablock_block"  # the name under which transformers finds `block_attention`
+
+
+def block_causal_mask(length: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The mask of inference `[length, length]` (bool, True: attend): a position sees its own block and those before."""
+    block = torch.arange(length, device=device) // block_size
+    return block[:, None] >= block[None, :]
+
+
+def block_diffusion_mask(length: int, block_size: int, views: int = 1, device: torch.device | str = "cpu") -> Tensor:
+    """The training mask over `[xt ; ... ; x0]` with `views` noisy copies: `[(views + 1) length] ** 2` (bool).
+
+    A noisy block sees itself and the clean blocks before it, a clean block itself and the clean blocks before it.
+    """
+    block = (torch.arange(length, device=device) // block_size).repeat(views + 1)
+    stream = torch.arange(views + 1, device=device).repeat_interleave(length)
+    own = (block[:, None] == block[None, :]) & (stream[:, None] == stream[None, :])
+    return own | ((stream == views)[None, :] & (block[:, None] > block[None, :]))
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The units of one training step, in order of their block number, and what each attends to.
+
+    `stream`, `row`, `block`: `[U]`, what each unit is. `unit_of` `[3, B, N]`: the unit of a (stream, row, block), -1
+    where it was left out. `groups`: for each block number that occurs, the range of its units and the clean units
+    before each of them `[units in the range, block]`.
+    """
+
+    block_size: int
+    stream: Tensor
+    row: Tensor
+    block: Tensor
+    unit_of: Tensor
+    groups: tuple[tuple[int, int, Tensor], ...]
+
+    @property
+    def tokens(self) -> int:
+        """T: how many tokens the step's one forward runs over."""
+        return int(self.block.shape[0]) * self.block_size
+
+    def gather(self, views: Tensor) -> Tensor:
+        """The units' slices of `views [3, B, L]` (one row of values per stream), as `[1, T]`."""
+        blocks = views.view(*views.shape[:2], -1, self.block_size)
+        return blocks[self.stream, self.row, self.block].view(1, -1)
+
+    def positions(self) -> Tensor:
+        """Position ids `[1, T]`: every stream counts from the start of its row."""
+        start = self.block * self.block_size
+        return (start[:, None] + torch.arange(self.block_size, device=start.device)).view(1, -1)
+
+    def dense_mask(self) -> Tensor:
+        """The mask `[1, 1, T, T]` (bool) of all units in one sequence: the readable reference, quadratic memory."""
+        own = torch.eye(len(self.block), dtype=torch.bool, device=self.block.device)
+        before = self.block[:, None] > self.block[None, :]
+        units = own | (before & (self.row[:, None] == self.row[None, :]) & (self.stream == CLEAN)[None, :])
+        size = self.block_size
+        return units.repeat_interleave(size, 0).repeat_interleave(size, 1)[None, None]
+
+    def flex_mask(self) -> Any:
+        """The same as a flex-attention `BlockMask` (CUDA skips its empty tiles)."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        size, stream, row, block = self.block_size, self.stream, self.row, self.block
+
+        def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            q_unit, k_unit = q // size, k // size
+            before = (block[q_unit] > block[k_unit]) & (row[q_unit] == row[k_unit]) & (stream[k_unit] == CLEAN)
+            return (q_unit == k_unit) | before
+
+        return create_block_mask(attends, None, None, self.tokens, self.tokens, device=block.device)
+
+
+def block_layout(first: Tensor, second: Tensor, block_size: int) -> BlockLayout:
+    """The units that a step needs, given what its two views mask (`[B, L]` bool each).
+
+    A noisy copy of a block that masks nothing would equal the clean copy, so it is left out (prompt-only blocks most of
+    all); a clean block is left out when no noisy block of its row comes after it.
+    """
+    rows, length = first.shape
+    noisy = torch.stack([first, second]).view(2, rows, length // block_size, block_size).any(-1)  # [2, B, N]
+    any_noisy = noisy.any(0).long()
+    later_noisy = any_noisy.flip(-1).cumsum(-1).flip(-1) - any_noisy  # noisy blocks strictly after each block
+    present = torch.stack([later_noisy > 0, noisy[0], noisy[1]])  # [3, B, N]
+
+    stream, row, block = present.nonzero(as_tuple=True)
+    order = block.argsort(stable=True)
+    stream, row, block = stream[order], row[order], block[order]
+    unit_of = torch.full(present.shape, -1, device=first.device)
+    unit_of[stream, row, block] = torch.arange(len(block), device=first.device)
+
+    groups = []
+    start = 0
+    for number, count in enumerate(torch.bincount(block).tolist()):
+        if count:
+            before = unit_of[CLEAN][row[start : start + count], :number]
+            groups.append((start, start + count, before))
+            start += count
+    return BlockLayout(block_size, stream, row, block, unit_of, tuple(groups))
+
+
+def block_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    block_layout: BlockLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention by structure: no mask, no wasted product. An attention function in transformers' interface.
+
+    `query [1, H, T, d]`, `key` and `value [1, H_kv, T, d]` -> `[1, T, H, d]`. Units of one block number attend
+    together to their clean prefixes and to themselves. Plain products with a softmax between: on CPUs the backward of
+    `scaled_dot_product_attention` was the larger half of a small model's training step.
+    """
+    assert block_layout is not None, "block_attention needs the step's block_layout"
+    size, heads, kv_heads, width = block_layout.block_size, query.shape[1], key.shape[1], query.shape[-1]
+    units, share = query.shape[2] // size, heads // kv_heads
+    scale = width**-0.5 if scaling is None else scaling
+    # units first: q [U, H_kv, share * D, d], k and v [U, H_kv, D, d]
+    q = (query * scale).view(kv_heads, share, units, size, width).permute(2, 0, 1, 3, 4)
+    q = q.reshape(units, kv_heads, share * size, width)
+    k = key.view(kv_heads, units, size, width).transpose(0, 1).contiguous()
+    v = value.view(kv_heads, units, size, width).transpose(0, 1).contiguous()
+    out = []
+    for start, end, before in block_layout.groups:
+        own_k, own_v = k[start:end], v[start:end]
+        if before.shape[1]:
+            count, blocks = before.shape
+            index = before.flatten()
+
+            def prefix(x: Tensor, index: Tensor = index, count: int = count, blocks: int = blocks) -> Tensor:
+                x = x.index_select(0, index).view(count, blocks, kv_heads, size, width)
+                return x.transpose(1, 2).reshape(count, kv_heads, blocks * size, width)
+
+            own_k, own_v = torch.cat([prefix(k), own_k], 2), torch.cat([prefix(v), own_v], 2)
+        weights = torch.softmax(q[start:end] @ own_k.mT, dim=-1, dtype=torch.float32).to(own_v.dtype)
+        if dropout and module.training:
+            weights = nn.functional.dropout(weights, dropout)
+        out.append(weights @ own_v)
+    result = torch.cat(out).view(units, kv_heads, share, size, width).permute(0, 3, 1, 2, 4)
+    return result.reshape(1, units * size, heads, width), None
+
+
+def register_block_attention() -> str:
+    """Make `block_attention` known to transformers; returns the name to select it by."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(BLOCK_ATTENTION, cast(Any, block_attention))
+    return BLOCK_ATTENTION

@@ -1,0 +1,157 @@
+"""The training objective: masked cross-entropy over both complementary views, with the token shift.
+
+Fast-dLLM v2, section 3.1, at a fraction of the cost of its published form, which runs two sequences `[xt ; x0]` of 2 L
+tokens and the head everywhere. Here one forward runs over the units of `masks.BlockLayout`: both views share one clean
+stream, blocks that equal their clean copy and clean blocks that nobody reads are left out, and the head runs at masked
+positions only, in chunks. The loss is the same number.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from parablock.diffusion.masks import CLEAN, BlockLayout, block_layout, register_block_attention
+from parablock.diffusion.noise import complementary_views
+
+Attention = Literal["block", "flex", "dense"]
+
+MAX_LOGITS = 2**26  # how many logits the head makes at a time
+UNSUPPORTED_HEADS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+
+def diffusion_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    noise_mask: Tensor,
+    *,
+    block_size: int,
+    mask_token_id: int,
+    num_items: Tensor | int | None = None,
+    attention: Attention | None = None,
+) -> Tensor:
+    """The block-diffusion loss of a stock transformers decoder on one batch (Fast-dLLM v2, section 3.1).
+
+    Args:
+        model: a decoder-only language model of transformers.
+        input_ids: `[B, L]` clean ids; `L` a multiple of `block_size`.
+        labels: `[B, L]`, -100 where nothing is learned (prompt, padding). Those positions are never noised.
+        noise_mask: `[B, L]` bool, True where the first view is masked (before restricting it to the labels); the second
+            view masks the other labelled positions.
+        block_size: D.
+        mask_token_id: what stands at masked positions.
+        num_items: what the summed cross-entropy is divided by; by default the number of masked positions of both views
+            (pass the whole accumulated batch's count when accumulating gradients).
+        attention: "block" (by structure: plain products, any device), "flex" (flex attention with a block mask; CUDA)
+            or "dense" (one quadratic mask and the model's own attention: the reference). Default: "flex" on CUDA,
+            else "block", and "dense" wherever gradient checkpointing re-runs layers outside this call.
+
+    Returns:
+        A scalar, float32: the mean cross-entropy in nats.
+
+    Raises:
+        ValueError: shapes that do not fit, or a model whose head scales its logits.
+    """
+    _check(model, input_ids, labels, noise_mask, block_size, mask_token_id)
+    first, second = complementary_views(noise_mask, labels)
+    layout = block_layout(first, second, block_size)
+    if not layout.tokens:
+        raise ValueError("no position of the batch has a label; every row needs at least one response token")
+    views = torch.stack([input_ids, *(input_ids.masked_fill(v, mask_token_id) for v in (first, second))])
+    hidden = _hidden_states(model, layout.gather(views), layout, attention)
+    sources, targets = _shifted_targets(layout, torch.stack([first, second]), input_ids)
+    total = _summed_cross_entropy(model.get_output_embeddings(), hidden.index_select(0, sources), targets)
+    return total / (targets.numel() if num_items is None else num_items)
+
+
+def _check(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, noise_mask: Tensor, block_size: int, mask_token_id: int
+) -> None:
+    if not input_ids.shape == labels.shape == noise_mask.shape or input_ids.ndim != 2:
+        shapes = [tuple(x.shape) for x in (input_ids, labels, noise_mask)]
+        raise ValueError(f"input_ids, labels and noise_mask must share one shape [B, L], got {shapes}")
+    if input_ids.shape[1] % block_size:
+        raise ValueError(f"rows of {input_ids.shape[1]} tokens are not whole blocks; pad to a multiple of {block_size}")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= mask_token_id < vocabulary:
+        raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {vocabulary} tokens")
+    for name, neutral in UNSUPPORTED_HEADS.items():
+        value = getattr(model.config, name, neutral)
+        if value not in (neutral, None):
+            raise ValueError(f"the model's head applies {name}={value}, which the diffusion loss does not support yet")
+
+
+def _hidden_states(model: nn.Module, ids: Tensor, layout: BlockLayout, attention: Attention | None) -> Tensor:
+    """One forward of the decoder over all units: `[1, T]` -> `[T, hidden]`."""
+    if attention is None:
+        # flags set by gradient_checkpointing_enable, whatever this version of transformers calls it
+        if model.training and any(m.gradient_checkpointing for m in _checkpointed_modules(model)):
+            attention = "dense"
+        else:
+            attention = "flex" if ids.device.type == "cuda" else "block"
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": layout.positions(), "use_cache": False}
+    decoder = model.get_decoder()
+    if attention == "block":
+        with _attention(model, register_block_attention()):
+            output = decoder(**inputs, block_layout=layout)
+    elif attention == "flex":
+        with _attention(model, "flex_attention"):
+            output = decoder(**inputs, attention_mask=layout.flex_mask())
+    else:
+        # additive: every attention of transformers agrees on it ("eager" misreads a bool mask)
+        blocked = ~layout.dense_mask()
+        mask = torch.zeros(blocked.shape, dtype=model.dtype, device=ids.device)
+        output = decoder(**inputs, attention_mask=mask.masked_fill_(blocked, torch.finfo(model.dtype).min))
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def _checkpointed_modules(model: nn.Module) -> Iterator[Any]:
+    return (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+
+
+@contextmanager
+def _attention(model: nn.Module, name: str) -> Iterator[None]:
+    """Let the model use another attention function of transformers' interface, for this call."""
+    before = model.config._attn_implementation
+    if before != name:
+        model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        if before != name:
+            model.set_attn_implementation(before)
+
+
+def _shifted_targets(layout: BlockLayout, masked: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Token shift: for every masked position i of both views (`masked [2, B, L]`), where its hidden state i - 1 lies.
+
+    Returns `sources [M]`, indices into the T tokens of the step, and `targets [M]`, the clean ids. Where the view has no
+    unit of its own for position i - 1, the clean unit shows the same tokens. Position 0 has no i - 1: not predicted.
+    """
+    view, row, column = masked[:, :, 1:].nonzero(as_tuple=True)  # column = i - 1
+    block = column // layout.block_size
+    unit = layout.unit_of[view + 1, row, block]
+    unit = torch.where(unit >= 0, unit, layout.unit_of[CLEAN, row, block])
+    return unit * layout.block_size + column % layout.block_size, input_ids[row, column + 1]
+
+
+def _summed_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy summed over `hidden [M, hidden]`; with large vocabularies chunk by chunk, logits recomputed."""
+
+    def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(head(h).float(), t, reduction="sum")
+
+    size = max(1, MAX_LOGITS // head.weight.shape[0])
+    if len(targets) <= size:
+        return chunk_loss(hidden, targets)
+    parts = [
+        checkpoint(chunk_loss, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    return torch.stack(parts).sum()

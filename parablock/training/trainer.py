@@ -1,0 +1,148 @@
+"""The recipe around `transformers.Trainer`: train an AR model on chats, or adapt one to block diffusion."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from parablock.config import TrainConfig
+from parablock.data.chat import Sample
+from parablock.diffusion.objective import diffusion_loss
+from parablock.training.optimizer import build_optimizer
+from parablock.training.rows import RowDataset, collate
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState
+
+Progress = Callable[[int, dict[str, float]], None]  # (optimisation step, what was logged)
+
+
+class BlockDiffusionTrainer(Trainer):
+    """`Trainer` with the block-diffusion loss in place of the model's own."""
+
+    def __init__(self, *args: Any, block_size: int, mask_token_id: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.block_size = block_size
+        self.mask_token_id = mask_token_id
+        self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole accumulated batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss = diffusion_loss(
+            self.accelerator.unwrap_model(model),
+            inputs["input_ids"],
+            inputs["labels"],
+            inputs["noise_mask"],
+            block_size=self.block_size,
+            mask_token_id=self.mask_token_id,
+            num_items=num_items_in_batch,
+        )
+        return (loss, None) if return_outputs else loss
+
+
+class _Report(TrainerCallback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_log(
+        self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **kwargs: Any
+    ) -> None:
+        self.progress(state.global_step, state.log_history[-1])
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    config: TrainConfig,
+    output_dir: str | Path,
+    *,
+    progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PreTrainedModel:
+    """Train `model` in place on `samples`; returns it.
+
+    With `mode="diffusion"` the model's config must hold `mask_token_id`; block size and mask id are recorded there, so
+    that what is saved afterwards is a block-diffusion checkpoint. `output_dir` receives the Trainer's own checkpoints
+    (every `save_every` steps, the last two are kept) and a later call continues from the newest one.
+
+    `progress(step, logs)` is called every `log_every` steps with the Trainer's log (`loss`, `learning_rate`, ...).
+    """
+    pad_token_id = tokenizer.pad_token_id
+    if not isinstance(pad_token_id, int):
+        raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
+    dataset = RowDataset(
+        samples,
+        block_size=config.block_size,
+        context_length=config.context_length,
+        pad_token_id=pad_token_id,
+        packing=config.packing,
+        seed=config.seed,
+    )
+    common: dict[str, Any] = {
+        "model": model,
+        "args": _arguments(config, output_dir),
+        "train_dataset": dataset,
+        "data_collator": partial(_collate, pad_token_id=pad_token_id, with_noise=config.mode == "diffusion"),
+        "callbacks": [*callbacks, *([_Report(progress)] if progress else [])],
+    }
+    if config.optimizer == "muon":
+        muon = build_optimizer(model, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
+        common["optimizers"] = (muon, None)
+    if config.mode == "diffusion":
+        mask_token_id = getattr(model.config, "mask_token_id", None)
+        if mask_token_id is None:
+            raise ValueError("model.config.mask_token_id is missing; name the token that stands at masked positions")
+        model.config.bd_size = config.block_size
+        trainer: Trainer = BlockDiffusionTrainer(**common, block_size=config.block_size, mask_token_id=mask_token_id)
+    else:
+        trainer = Trainer(**common)
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    newest = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    trainer.train(resume_from_checkpoint=str(newest[-1]) if newest else None)
+    return model.eval()
+
+
+def _collate(rows: list[dict[str, Tensor]], *, pad_token_id: int, with_noise: bool) -> dict[str, Tensor]:
+    batch = collate(rows, pad_token_id)
+    if not with_noise:
+        del batch["noise_mask"]
+    return batch
+
+
+def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": int(config.steps * config.decay_share), "decay_type": "linear"},
+        warmup_steps=min(config.warmup_steps, config.steps),
+        bf16=config.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        logging_steps=config.log_every,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )

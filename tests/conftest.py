@@ -1,0 +1,80 @@
+"""Shared by the tests: one thread-friendly setting, the golden model, and small random models."""
+
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("repeatable")
+
+GOLDEN = Path(__file__).parent / "golden"
+SHAPE = (
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size "
+    "tie_word_embeddings rms_norm_eps max_position_embeddings"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden_model() -> Any:
+    """The golden checkpoint in a stock Qwen2 model (fp32)."""
+    config = json.loads((GOLDEN / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    model = Qwen2ForCausalLM(Qwen2Config(**{k: config[k] for k in SHAPE}, rope_parameters=rope)).eval()
+    model.load_state_dict(load_file(GOLDEN / "model.safetensors"))
+    model.config.bd_size, model.config.mask_token_id, model.config.eos_token_id = 32, 511, 510
+    model.generation_config.eos_token_id = 510
+    return model
+
+
+@pytest.fixture(scope="session")
+def golden_tensors() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "tensors.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_generations() -> list[dict[str, Any]]:
+    return json.loads((GOLDEN / "generate.json").read_text())
+
+
+def small_model(**changes: Any) -> Any:
+    """A random Qwen2 with large weights, so that its predictions vary; block size 8, mask id 63, stop id 62."""
+    torch.manual_seed(changes.pop("seed", 0))
+    config = Qwen2Config(
+        **{
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.35,
+            "eos_token_id": 62,
+            "bos_token_id": None,
+            **changes,
+        }
+    )
+    config.bd_size, config.mask_token_id = 8, 63
+    return Qwen2ForCausalLM._from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()

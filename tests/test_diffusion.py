@@ -1,0 +1,200 @@
+"""Noise, masks and objective, against the golden vectors and against a plain second implementation."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import parablock as pb
+from parablock.diffusion import objective
+from parablock.diffusion.masks import block_causal_mask, block_diffusion_mask, block_layout
+from parablock.diffusion.noise import complementary_views, mask_probability, sample_noise
+
+
+def dense(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[None, None]
+
+
+def official_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor, D: int, M: int) -> Any:
+    """The published layout: two sequences `[xt ; x0]`, the head everywhere; mean over all masked positions."""
+    length = ids.shape[1]
+    mask = dense(block_diffusion_mask(length, D), model.dtype)
+    positions = torch.arange(length).repeat(2)[None]
+    total, count = torch.zeros(()), 0
+    for view in complementary_views(noise, labels):
+        doubled = torch.cat([ids.masked_fill(view, M), ids], 1)
+        logits = model(input_ids=doubled, attention_mask=mask, position_ids=positions).logits[:, :length]
+        picked = view[:, 1:]
+        total = total + F.cross_entropy(logits[:, :-1][picked], ids[:, 1:][picked], reduction="sum")
+        count += int(picked.sum())
+    return total / count
+
+
+def random_batch(seed: int, rows: int, blocks: int, D: int, share: float) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 62, (rows, blocks * D), generator=g)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=g) > share, -100)
+    labels[:, 0] = -100
+    labels[0, -1] = ids[0, -1]
+    noise = torch.cat([sample_noise(blocks * D, D, seed=seed, epoch=0, sample=r)[None] for r in range(rows)])
+    return ids, labels, noise
+
+
+def test_golden_clean_logits(golden_model: Any, golden_tensors: dict[str, torch.Tensor]) -> None:
+    mask = dense(block_causal_mask(96, 32))
+    with torch.no_grad():
+        logits = golden_model(golden_tensors["clean.input_ids"], attention_mask=mask).logits
+    torch.testing.assert_close(logits, golden_tensors["clean.logits"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["block", "dense"])
+def test_golden_loss_and_gradients(golden_model: Any, golden_tensors: dict[str, torch.Tensor], attention: Any) -> None:
+    golden_model.zero_grad()
+    batch = [golden_tensors[f"train.{name}"] for name in ("input_ids", "labels", "noise_mask")]
+    loss = pb.diffusion_loss(golden_model, *batch, block_size=32, mask_token_id=511, attention=attention)
+    loss.backward()
+    assert abs(loss.item() / golden_tensors["train.loss"].item() - 1) < 1e-5
+    expected = {name[5:]: g for name, g in golden_tensors.items() if name.startswith("grad.")}
+    assert len(expected) == 4
+    for name, gradient in expected.items():
+        assert (golden_model.get_parameter(name).grad - gradient).norm() <= 1e-4 * gradient.norm(), name
+    golden_model.zero_grad()
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10**6), rows=st.integers(1, 3), blocks=st.integers(1, 4), share=st.sampled_from([0.1, 0.5, 1.0])
+)
+def test_loss_equals_the_published_layout(seed: int, rows: int, blocks: int, share: float) -> None:
+    model = small_model().double()
+    ids, labels, noise = random_batch(seed, rows, blocks, 8, share)
+    expected = official_loss(model, ids, labels, noise, 8, 63)
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    for attention in ("block", "dense"):
+        model.zero_grad()
+        loss = pb.diffusion_loss(model, ids, labels, noise, block_size=8, mask_token_id=63, attention=attention)
+        loss.backward()
+        assert abs(loss.item() / expected.item() - 1) < 1e-6
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            assert (p.grad - g).norm() <= 1e-5 * g.norm() + 1e-9
+
+
+def test_chunked_head_is_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    batch = random_batch(3, 2, 3, 8, 0.8)
+    whole = pb.diffusion_loss(model, *batch, block_size=8, mask_token_id=63)
+    whole.backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    monkeypatch.setattr(objective, "MAX_LOGITS", 64 * 5)  # five positions at a time
+    chunked = pb.diffusion_loss(model, *batch, block_size=8, mask_token_id=63)
+    chunked.backward()
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient)
+
+
+def test_gradient_checkpointing_trains_the_same() -> None:
+    model = small_model().train()
+    batch = random_batch(4, 2, 3, 8, 0.8)
+    plain = pb.diffusion_loss(model, *batch, block_size=8, mask_token_id=63)
+    plain.backward()
+    gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    again = pb.diffusion_loss(model, *batch, block_size=8, mask_token_id=63)
+    again.backward()
+    torch.testing.assert_close(again, plain)
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_the_models_own_attention_is_restored() -> None:
+    model = small_model()
+    before = model.config._attn_implementation
+    pb.diffusion_loss(model, *random_batch(5, 1, 2, 8, 1.0), block_size=8, mask_token_id=63)
+    assert model.config._attn_implementation == before
+
+
+def test_num_items_divides_the_sum() -> None:
+    model = small_model()
+    ids, labels, noise = random_batch(6, 2, 2, 8, 0.5)
+    count = int((labels[:, 1:] != -100).sum())
+    mean = pb.diffusion_loss(model, ids, labels, noise, block_size=8, mask_token_id=63)
+    scaled = pb.diffusion_loss(model, ids, labels, noise, block_size=8, mask_token_id=63, num_items=2 * count)
+    torch.testing.assert_close(scaled * 2, mean)
+
+
+def test_prompt_only_blocks_get_no_noisy_copy() -> None:
+    first = torch.zeros(1, 32, dtype=torch.bool)
+    second = first.clone()
+    first[0, 20], second[0, 21] = True, True  # one response block of four
+    layout = block_layout(first, second, 8)
+    assert layout.tokens == (2 + 1 + 1) * 8  # two clean blocks before it, one copy per view; not the block after it
+
+
+@given(st.integers(1, 5), st.sampled_from([4, 8]), st.integers(1, 2))
+def test_block_diffusion_mask_says_what_it_should(blocks: int, D: int, views: int) -> None:
+    length = blocks * D
+    mask = block_diffusion_mask(length, D, views)
+    for q in range(0, (views + 1) * length, 3):
+        for k in range((views + 1) * length):
+            same_stream = q // length == k // length
+            q_block, k_block = q % length // D, k % length // D
+            clean_before = k // length == views and k_block < q_block
+            assert mask[q, k] == ((same_stream and q_block == k_block) or clean_before)
+
+
+def test_flex_mask_equals_the_dense_mask() -> None:
+    _, labels, noise = random_batch(8, 3, 4, 8, 0.4)
+    layout = block_layout(*complementary_views(noise, labels), 8)
+    flex = layout.flex_mask()
+    T = layout.tokens
+    q, k = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
+    assert torch.equal(flex.mask_mod(torch.tensor(0), torch.tensor(0), q, k), layout.dense_mask()[0, 0])
+    tiles = flex.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)[:T, :T]
+    assert not (layout.dense_mask()[0, 0] & ~tiles).any()
+
+
+@given(st.integers(0, 9), st.integers(0, 3), st.integers(0, 10**6), st.integers(1, 100))
+def test_noise_depends_on_seed_epoch_and_sample(seed: int, epoch: int, sample: int, length: int) -> None:
+    noise = sample_noise(length, 8, seed=seed, epoch=epoch, sample=sample)
+    torch.rand(3)  # the global generator plays no part
+    assert torch.equal(noise, sample_noise(length, 8, seed=seed, epoch=epoch, sample=sample))
+    longer = [sample_noise(400, 8, seed=seed + a, epoch=epoch + b, sample=sample + c) for a, b, c in
+              [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]  # fmt: skip
+    assert all(not torch.equal(longer[0], other) for other in longer[1:])
+
+
+def test_noise_has_the_right_distribution() -> None:
+    blocks = torch.cat([sample_noise(32 * 50, 32, seed=0, epoch=0, sample=i).view(-1, 32) for i in range(80)])
+    share = blocks.float().mean(1)
+    assert abs(share.mean().item() - mask_probability(torch.tensor(0.5)).item()) < 0.02
+    # with p uniform, the number of masked positions of a block is uniform on 0 .. 32
+    counts = torch.bincount(blocks.sum(1), minlength=33) / len(blocks)
+    assert counts.min() > 0.015
+    assert counts.max() < 0.05
+
+
+@given(st.integers(0, 10**6))
+def test_views_are_complementary(seed: int) -> None:
+    _, labels, noise = random_batch(seed, 2, 3, 8, 0.6)
+    first, second = complementary_views(noise, labels)
+    assert not (first & second).any()
+    assert torch.equal(first | second, labels != -100)
+
+
+def test_bad_input_is_named(model: Any) -> None:
+    ids, labels, noise = random_batch(0, 1, 2, 8, 0.5)
+    loss = lambda *a, **k: pb.diffusion_loss(model, *a, **{"block_size": 8, "mask_token_id": 63, **k})  # noqa: E731
+    with pytest.raises(ValueError, match=r"multiple of 5"):
+        loss(ids, labels, noise, block_size=5)
+    with pytest.raises(ValueError, match="shape"):
+        loss(ids, labels[:, :8], noise)
+    with pytest.raises(ValueError, match="64 is outside the vocabulary"):
+        loss(ids, labels, noise, mask_token_id=64)
+    with pytest.raises(ValueError, match="no position of the batch has a label"):
+        loss(ids, torch.full_like(labels, -100), noise)
