@@ -61,7 +61,9 @@ def _decode_options(command: Callable[..., None]) -> Callable[..., None]:
             kind, default = int | None, None
         option = typer.Option(help=DECODE_HELP[f.name], rich_help_panel="Decoding")
         extra.append(
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+            )
         )
 
     @functools.wraps(command)

@@ -1,8 +1,9 @@
 """What a user can set, one frozen dataclass per stage; every wrong value is a ValueError that names it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+Model = Any  # a decoder-only language model of transformers; what its config holds depends on the architecture
 Mode = Literal["diffusion", "autoregressive"]
 Strategy = Literal["threshold", "factor", "fixed"]
 
@@ -61,10 +62,10 @@ class TrainConfig:
 class DecodeConfig:
     """How text is decoded. `mode="diffusion"` reveals several tokens per forward, `"autoregressive"` one.
 
-    `strategy`: `"threshold"` reveals every position whose confidence is above `threshold`, `"factor"` as many of the most
-    confident ones as `factor` allows, `"fixed"` the `tokens_per_step` most confident. `sub_block_cache` reuses the K/V of
-    the other sub-blocks of the block being decoded. None means: the checkpoint's own (`block_size`, `mask_token_id`,
-    `stop_token_ids`) or a fresh one (`seed`).
+    `strategy`: `"threshold"` reveals every position whose confidence is above `threshold`, `"factor"` as many of the
+    most confident ones as `factor` allows, `"fixed"` the `tokens_per_step` most confident. `sub_block_cache` reuses the
+    K/V of the other sub-blocks of the block being decoded. None means: the checkpoint's own (`block_size`,
+    `mask_token_id`, `stop_token_ids`) or a fresh one (`seed`).
     """
 
     mode: Mode = "diffusion"

@@ -149,8 +149,10 @@ def _adapt_live(ar: Any, tokenizer: Any, config: DemoConfig, console: Console) -
 
 def _steps_in(seconds: float, model: Any, tokenizer: Any) -> int:
     """How many steps of the live recipe fit into `seconds`: one step on a copy, timed."""
-    from parablock.training.rows import RowDataset, collate
+    import torch
+
     from parablock.diffusion.objective import diffusion_loss
+    from parablock.training.rows import RowDataset, collate
 
     recipe = LIVE_RECIPE
     samples: Sequence[Sample] = [
@@ -165,9 +167,11 @@ def _steps_in(seconds: float, model: Any, tokenizer: Any) -> int:
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        diffusion_loss(
-            trial, **batch, block_size=recipe.block_size, mask_token_id=model.config.mask_token_id
-        ).backward()
+        loss = diffusion_loss(
+            trial, batch["input_ids"], batch["labels"], batch["noise_mask"], block_size=recipe.block_size,
+            mask_token_id=model.config.mask_token_id,
+        )  # fmt: skip
+        torch.autograd.backward(loss)
         times.append(time.perf_counter() - started)
     return max(10, int(seconds / (1.25 * min(times))))  # a quarter for the optimiser, data and the live tests
 
@@ -226,9 +230,7 @@ def _print_table(results: Sequence[Result], console: Console) -> None:
     console.print(table)
 
 
-def _print_end(
-    results: Sequence[Result], folder: Path, report: Path, config: DemoConfig, console: Console
-) -> None:
+def _print_end(results: Sequence[Result], folder: Path, report: Path, config: DemoConfig, console: Console) -> None:
     ar, chosen = results[0], next(r for r in results if r.name == f"block diffusion, {CHOSEN}")
     console.print(
         f"Block diffusion at threshold {CHOSEN} is [bold]{chosen.speed_up:.1f}x[/] as fast as AR decoding, at "
@@ -262,4 +264,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
-

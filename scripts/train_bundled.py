@@ -56,7 +56,9 @@ MUON = TrainConfig(
 )  # fmt: skip
 PHASES = {
     "ar-flat": Phase(None, 0, 62400, replace(MUON, mode="autoregressive", steps=500)),
-    "ar": Phase("ar-flat", 62400, 12000, replace(MUON, mode="autoregressive", steps=250, warmup_steps=5, decay_share=1)),
+    "ar": Phase(
+        "ar-flat", 62400, 12000, replace(MUON, mode="autoregressive", steps=250, warmup_steps=5, decay_share=1)
+    ),
     "diffusion-8": Phase("ar", 80000, 14400, replace(MUON, steps=300, block_size=8)),
     "diffusion-flat": Phase("diffusion-8", 100000, 240000, replace(MUON, steps=2500)),
     "diffusion": Phase("diffusion-flat", 400000, 60000, replace(MUON, steps=1000, warmup_steps=5, decay_share=1)),

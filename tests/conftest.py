@@ -20,9 +20,9 @@ settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = (
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size "
-    "tie_word_embeddings rms_norm_eps max_position_embeddings"
-).split()
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """`parablock chat`: a conversation in the terminal; answers appear as they are decoded."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -11,11 +12,12 @@ from parablock.decoding.generate import stream
 
 
 def chat(model: Any, tokenizer: Any, config: DecodeConfig, console: Console, *, history: bool) -> None:
-    """Read questions until `exit` or end of input. `clear` forgets the conversation; so does `history=False`, always."""
-    try:
+    """Read questions until `exit` or the end of input.
+
+    `clear` forgets the conversation; with `history=False` every question stands alone.
+    """
+    with contextlib.suppress(ImportError):  # not on Windows; input() works without
         import readline  # noqa: F401  (arrow keys and history in input())
-    except ImportError:
-        pass  # not on Windows; input() works without
     console.print("[dim]type a question; 'clear' forgets the conversation, 'exit' leaves[/]")
     messages: list[dict[str, str]] = []
     while True:

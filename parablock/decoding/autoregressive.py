@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
 
-from parablock.config import DecodeConfig
+from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
 from parablock.decoding.forward import forward
 from parablock.decoding.steps import Limits, Rows, Step, draw
@@ -17,7 +16,7 @@ from parablock.decoding.steps import Limits, Rows, Step, draw
 
 @torch.inference_mode()
 def decode_autoregressive(
-    model: nn.Module, prompts: list[list[int]], config: DecodeConfig, limits: Limits, seed: int
+    model: Model, prompts: list[list[int]], config: DecodeConfig, limits: Limits, seed: int
 ) -> Iterator[Step]:
     """Decode `prompts` token by token; yields one `Step` per forward, the prefill (which gives a token) included."""
     lengths = np.array([len(p) for p in prompts])
@@ -37,7 +36,6 @@ def decode_autoregressive(
         mask=causal, keep=keep,
     )  # fmt: skip
     logits = logits[torch.arange(len(rows), device=logits.device), torch.from_numpy(which).to(logits.device)][:, None]
-    state.prefills += 1
     yield _take(state, logits, lengths, config, seed, "prefill")
 
     next_R = lengths.copy()  # the token each row runs next; a finished row repeats its last one

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from parablock.config import DecodeConfig
+from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
 from parablock.decoding.forward import forward
 from parablock.decoding.steps import Limits, Rows, Step, draw
@@ -34,7 +33,7 @@ class _Blocks(Rows):
 
 @torch.inference_mode()
 def decode_blocks(
-    model: nn.Module, prompts: list[list[int]], config: DecodeConfig, limits: Limits, seed: int
+    model: Model, prompts: list[list[int]], config: DecodeConfig, limits: Limits, seed: int
 ) -> Iterator[Step]:
     """Decode `prompts`; yields one `Step` per forward, the prefill included. `config.block_size` must be set."""
     D, S = config.block_size, config.sub_block_size
@@ -75,7 +74,7 @@ def decode_blocks(
         logits = forward(
             model,
             cache,
-            np.where(state.masked_RC, config.mask_token_id, state.ids_RC)[rows[:, None], position_RQ],
+            state.ids_RC[rows[:, None], position_RQ],
             start_R=position_RQ[:, 0],
             slots_RQ=np.where(write_RQ, position_RQ, cache.capacity),
             visible_R=state.start_R + D,
@@ -102,11 +101,12 @@ def decode_blocks(
 
 def _start(prompts: list[list[int]], config: DecodeConfig, limits: Limits) -> _Blocks:
     """Prompts known, everything after them masked; the active block is the one that holds the first masked position."""
-    D = config.block_size
+    D, mask_token_id = config.block_size, config.mask_token_id
     assert D is not None
+    assert mask_token_id is not None
     lengths = np.array([len(p) for p in prompts])
     capacity = -(-int(lengths.max() + config.max_new_tokens) // D) * D + D  # one block to spare: a commit's first token
-    ids = np.zeros((len(prompts), capacity), dtype=np.int64)
+    ids = np.full((len(prompts), capacity), mask_token_id, dtype=np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     return _Blocks(
@@ -119,7 +119,7 @@ def _start(prompts: list[list[int]], config: DecodeConfig, limits: Limits) -> _B
     )
 
 
-def _prefill(model: nn.Module, cache: BlockCache, state: _Blocks, config: DecodeConfig, seed: int) -> Step:
+def _prefill(model: Model, cache: BlockCache, state: _Blocks, config: DecodeConfig, seed: int) -> Step:
     """All whole blocks of all prompts in one block-causal forward.
 
     A prompt that ends on a block boundary gets its first new token from the last logits. Shorter rows ride along: what
@@ -133,7 +133,7 @@ def _prefill(model: nn.Module, cache: BlockCache, state: _Blocks, config: Decode
     logits = forward(
         model,
         cache,
-        np.where(state.masked_RC, config.mask_token_id, state.ids_RC)[:, :length],
+        state.ids_RC[:, :length],
         start_R=np.zeros_like(last),
         visible_R=np.full_like(last, length),
         mask=None if length == D else block_causal_mask(length, D)[None, None],
@@ -143,5 +143,4 @@ def _prefill(model: nn.Module, cache: BlockCache, state: _Blocks, config: Decode
     boundary_R1 = ((state.prompt_R == state.start_R) & (state.start_R > 0))[:, None]
     tokens, confidence = draw(logits[:, None], state.start_R[:, None], state, config, seed)
     state.reveal(state.start_R[:, None], tokens.cpu().numpy(), boundary_R1)
-    state.prefills += 1
     return state.step("prefill", state.start_R, D, state.start_R[:, None], confidence.cpu().numpy(), boundary_R1)

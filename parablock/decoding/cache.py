@@ -33,7 +33,6 @@ class BlockCache(Cache):
 
     def place(self, slots: np.ndarray, visible: int, device: torch.device) -> None:
         """The next forward writes its K/V to `slots [rows, q]` and attends to the first `visible` slots."""
-        assert visible <= self.capacity and slots.shape[0] == self.rows
         first = slots[0]
         contiguous = bool((slots == np.arange(first[0], first[0] + slots.shape[1])).all())
         self._start = int(first[0]) if contiguous else None  # one slice serves all rows
@@ -58,13 +57,15 @@ class BlockCache(Cache):
     def _buffer(self, states: Tensor) -> Tensor:
         return states.new_zeros(self.rows, states.shape[1], self.capacity + 1, states.shape[3])
 
-    # What transformers asks a cache when it makes masks. We pass our own mask, or none: the sizes of a plain
-    # self-attention then keep it from building a causal one.
+    # transformers asks these when it makes masks. We pass our own mask or none, and none must stay none.
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Not used: every forward brings its own positions."""
         return 0
 
     def get_query_offset(self, layer_idx: int | None = 0) -> int:
+        """As of a forward without a past."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As of a forward without a past: transformers then builds no causal mask of its own."""
         return query_length, 0

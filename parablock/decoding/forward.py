@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from parablock.config import Model
 from parablock.decoding.cache import BlockCache
 
 
 def forward(
-    model: nn.Module,
+    model: Model,
     cache: BlockCache,
     ids_RQ: np.ndarray,
     *,

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from parablock.config import DecodeConfig
+from parablock.config import DecodeConfig, Model
 from parablock.decoding.autoregressive import decode_autoregressive
 from parablock.decoding.blocks import decode_blocks
 from parablock.decoding.steps import Limits, Step
@@ -45,7 +46,7 @@ class GenerateOutput:
         return self.new_tokens / self.seconds
 
 
-def generate(model: nn.Module, input_ids: Prompts, config: DecodeConfig | None = None) -> GenerateOutput:
+def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> GenerateOutput:
     """Decode one or many prompts to the end.
 
     Args:
@@ -69,7 +70,7 @@ def generate(model: nn.Module, input_ids: Prompts, config: DecodeConfig | None =
     )
 
 
-def stream(model: nn.Module, input_ids: Prompts, config: DecodeConfig | None = None) -> Iterator[Step]:
+def stream(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> Iterator[Step]:
     """Decode like `generate`, but yield every forward as a `Step` (for live display). Errors are raised at once."""
     config = config or DecodeConfig()
     prompts = _rows(input_ids)
@@ -82,7 +83,7 @@ def stream(model: nn.Module, input_ids: Prompts, config: DecodeConfig | None = N
 
 
 def _rows(input_ids: Prompts) -> list[list[int]]:
-    rows = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
+    rows: list[Any] = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
     if rows and not isinstance(rows[0], (list, tuple, Tensor)):
         rows = [rows]
     prompts = [[int(i) for i in row] for row in rows]
@@ -94,7 +95,7 @@ def _rows(input_ids: Prompts) -> list[list[int]]:
     return prompts
 
 
-def _resolve(model: nn.Module, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:
+def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:
     """Fill in what the checkpoint decides, and refuse what it cannot do."""
     own = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -52,7 +52,11 @@ class Step:
 
 @dataclass
 class Rows:
-    """The rows' tokens on the host. Positions from `prompt_R` on are the response."""
+    """The rows' tokens on the host. Positions from `prompt_R` on are the response.
+
+    In block diffusion a masked position of `ids_RC` holds the mask token; `masked_RC` alone says what is masked (a
+    prompt may hold mask tokens, too).
+    """
 
     ids_RC: np.ndarray
     masked_RC: np.ndarray
@@ -61,7 +65,6 @@ class Rows:
     done_R: np.ndarray = field(init=False)
     length_R: np.ndarray = field(init=False)  # response tokens so far, without a gap, the stop token included
     forwards_R: np.ndarray = field(init=False)  # decode forwards (prefill not counted)
-    prefills: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.done_R = np.zeros(len(self.prompt_R), dtype=bool)

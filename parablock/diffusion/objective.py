@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from parablock.config import Model
 from parablock.diffusion.masks import CLEAN, BlockLayout, block_layout, register_block_attention
 from parablock.diffusion.noise import complementary_views
 
@@ -25,7 +26,7 @@ UNSUPPORTED_HEADS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "lo
 
 
 def diffusion_loss(
-    model: nn.Module,
+    model: Model,
     input_ids: Tensor,
     labels: Tensor,
     noise_mask: Tensor,
@@ -70,7 +71,7 @@ def diffusion_loss(
 
 
 def _check(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, noise_mask: Tensor, block_size: int, mask_token_id: int
+    model: Model, input_ids: Tensor, labels: Tensor, noise_mask: Tensor, block_size: int, mask_token_id: int
 ) -> None:
     if not input_ids.shape == labels.shape == noise_mask.shape or input_ids.ndim != 2:
         shapes = [tuple(x.shape) for x in (input_ids, labels, noise_mask)]
@@ -86,7 +87,7 @@ def _check(
             raise ValueError(f"the model's head applies {name}={value}, which the diffusion loss does not support yet")
 
 
-def _hidden_states(model: nn.Module, ids: Tensor, layout: BlockLayout, attention: Attention | None) -> Tensor:
+def _hidden_states(model: Model, ids: Tensor, layout: BlockLayout, attention: Attention | None) -> Tensor:
     """One forward of the decoder over all units: `[1, T]` -> `[T, hidden]`."""
     if attention is None:
         # flags set by gradient_checkpointing_enable, whatever this version of transformers calls it
@@ -111,12 +112,12 @@ def _hidden_states(model: nn.Module, ids: Tensor, layout: BlockLayout, attention
     return hidden
 
 
-def _checkpointed_modules(model: nn.Module) -> Iterator[Any]:
+def _checkpointed_modules(model: Model) -> Iterator[Any]:
     return (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
 @contextmanager
-def _attention(model: nn.Module, name: str) -> Iterator[None]:
+def _attention(model: Model, name: str) -> Iterator[None]:
     """Let the model use another attention function of transformers' interface, for this call."""
     before = model.config._attn_implementation
     if before != name:
@@ -131,8 +132,8 @@ def _attention(model: nn.Module, name: str) -> Iterator[None]:
 def _shifted_targets(layout: BlockLayout, masked: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Token shift: for every masked position i of both views (`masked [2, B, L]`), where its hidden state i - 1 lies.
 
-    Returns `sources [M]`, indices into the T tokens of the step, and `targets [M]`, the clean ids. Where the view has no
-    unit of its own for position i - 1, the clean unit shows the same tokens. Position 0 has no i - 1: not predicted.
+    Returns `sources [M]`, indices into the T tokens of the step, and `targets [M]`, the clean ids. Where the view has
+    no unit of its own for position i - 1, the clean unit shows the same. Position 0 has no i - 1: not predicted.
     """
     view, row, column = masked[:, :, 1:].nonzero(as_tuple=True)  # column = i - 1
     block = column // layout.block_size
@@ -141,7 +142,7 @@ def _shifted_targets(layout: BlockLayout, masked: Tensor, input_ids: Tensor) -> 
     return unit * layout.block_size + column % layout.block_size, input_ids[row, column + 1]
 
 
-def _summed_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _summed_cross_entropy(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy summed over `hidden [M, hidden]`; with large vocabularies chunk by chunk, logits recomputed."""
 
     def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
@@ -152,6 +153,6 @@ def _summed_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> T
         return chunk_loss(hidden, targets)
     parts = [
         checkpoint(chunk_loss, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+        for h, t in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     ]
     return torch.stack(parts).sum()

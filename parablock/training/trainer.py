@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from parablock.config import TrainConfig
+from parablock.config import Model, TrainConfig
 from parablock.data.chat import Sample
 from parablock.diffusion.objective import diffusion_loss
 from parablock.training.optimizer import build_optimizer
@@ -37,6 +37,7 @@ class BlockDiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """The block-diffusion loss of one micro-batch."""
         loss = diffusion_loss(
             self.accelerator.unwrap_model(model),
             inputs["input_ids"],
@@ -53,14 +54,12 @@ class _Report(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
-    def on_log(
-        self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: "TrainerState", control: "TrainerControl", **kwargs: Any) -> None:
         self.progress(state.global_step, state.log_history[-1])
 
 
 def train(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
     config: TrainConfig,
@@ -68,7 +67,7 @@ def train(
     *,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> PreTrainedModel:
+) -> Model:
     """Train `model` in place on `samples`; returns it.
 
     With `mode="diffusion"` the model's config must hold `mask_token_id`; block size and mask id are recorded there, so
