@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from parablock.bench.compare import Contender, Result, compare, fastest_setting
+from parablock.bench.machine import processor
 from parablock.bench.plots import plot_denoising, plot_thresholds
 from parablock.checkpoints import load
 from parablock.config import DecodeConfig, TrainConfig
@@ -77,16 +78,16 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     console.print(f"[dim]{problems[0].question}[/]\n[green]{problems[0].answer}[/]\n")
 
     live = _adapt_live(ar, tokenizer, config, console) if config.live_minutes > 0 else None
-    contenders = _contenders(ar, diffusion, live, tokenizer, problems[0], console)
+    decoders = contenders(ar, diffusion, live, tokenizer, problems[0], console)
     with _bar(console) as bar:
-        task = bar.add_task(f"{len(contenders)} decoders, the same problems", total=len(problems))
-        results = compare(contenders, tokenizer, problems, progress=lambda done: bar.update(task, completed=done))
-    _print_table(results, console)
+        task = bar.add_task(f"{len(decoders)} decoders, the same problems", total=len(problems))
+        results = compare(decoders, tokenizer, problems, progress=lambda done: bar.update(task, completed=done))
+    print_table(results, console)
 
     chosen = results[-len(THRESHOLDS) :]
     plot_thresholds(folder / "thresholds.png", THRESHOLDS, chosen, results[0])
     prompt = encode_prompt(tokenizer, problems[0].messages()[:1])
-    steps = list(stream(diffusion, prompt, contenders[-len(THRESHOLDS) + THRESHOLDS.index(CHOSEN)].config))
+    steps = list(stream(diffusion, prompt, decoders[-len(THRESHOLDS) + THRESHOLDS.index(CHOSEN)].config))
     title = f"{len(steps[-1].tokens())} tokens in {len(steps)} forwards (numbers: which one revealed the token)"
     plot_denoising(folder / "denoising.png", tokenizer, len(prompt), steps, title)
 
@@ -180,7 +181,7 @@ def _decode(threshold: float) -> DecodeConfig:
     return DecodeConfig(max_new_tokens=MAX_NEW_TOKENS, threshold=threshold)
 
 
-def _contenders(
+def contenders(
     ar: Any, diffusion: Any, live: _Live | None, tokenizer: Any, problem: Problem, console: Console
 ) -> list[Contender]:
     """AR first; every mode with the dtype and thread count that are fastest for it on this machine."""
@@ -189,17 +190,14 @@ def _contenders(
     prompt = encode_prompt(tokenizer, problem.messages()[:1])
     threads = sorted({1, torch.get_num_threads()})
     autoregressive = DecodeConfig(mode="autoregressive", max_new_tokens=MAX_NEW_TOKENS)
-    trial = {"max_new_tokens": 32, "mode": "autoregressive"}
     with console.status("choosing each mode's fastest dtype and thread count"):
-        best_ar, ar_threads = fastest_setting(_dtypes(ar), DecodeConfig(**trial), prompt, threads=threads)  # type: ignore[arg-type]
-        best, best_threads = fastest_setting(
-            _dtypes(diffusion), DecodeConfig(max_new_tokens=48, threshold=CHOSEN), prompt, threads=threads
-        )
-    contenders = [Contender("autoregressive", best_ar, autoregressive, ar_threads)]
+        best_ar, ar_threads = fastest_setting(_dtypes(ar), autoregressive, prompt, threads=threads)
+        best, best_threads = fastest_setting(_dtypes(diffusion), _decode(CHOSEN), prompt, threads=threads)
+    decoders = [Contender("autoregressive", best_ar, autoregressive, ar_threads)]
     if live is not None:
         model = live.model.to(best.dtype)
-        contenders.append(Contender(f"live, {live.steps} steps, {CHOSEN}", model, _decode(CHOSEN), best_threads))
-    return contenders + [Contender(f"block diffusion, {t}", best, _decode(t), best_threads) for t in THRESHOLDS]
+        decoders.append(Contender(f"live, {live.steps} steps, {CHOSEN}", model, _decode(CHOSEN), best_threads))
+    return decoders + [Contender(f"block diffusion, {t}", best, _decode(t), best_threads) for t in THRESHOLDS]
 
 
 def _dtypes(model: Any) -> list[Any]:
@@ -214,20 +212,22 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _print_table(results: Sequence[Result], console: Console) -> None:
+def print_table(results: Sequence[Result], console: Console) -> None:
     table = Table(title="the same problems, one at a time", title_justify="left")
     table.add_column("decoder, threshold")
     for column in ("accuracy", "tokens/s", "tokens/forward", "speed-up"):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
-            f"{r.name} [dim]({r.dtype}, {r.threads} thr)[/]",
+            r.name,
             f"{100 * r.accuracy:.1f} ± {100 * r.standard_error:.1f} %",
             f"{r.tokens_per_second:.0f}",
             f"{r.tokens_per_forward:.2f}",
             f"{r.speed_up:.2f}x",
         )
     console.print(table)
+    best = {r.name.split(",")[0]: f"{r.dtype}, {r.threads} thread{'s' * (r.threads > 1)}" for r in results}
+    console.print("[dim]fastest setting of each on this machine: " + "; ".join(f"{k}: {v}" for k, v in best.items()))
 
 
 def _print_end(results: Sequence[Result], folder: Path, report: Path, config: DemoConfig, console: Console) -> None:
@@ -238,9 +238,9 @@ def _print_end(results: Sequence[Result], folder: Path, report: Path, config: De
     )
     console.print(f"written: {folder / 'thresholds.png'}, {folder / 'denoising.png'}, {report}\n")
     console.print("next:")
-    console.print("  parablock chat                                  talk to the bundled model")
-    console.print(f"  parablock demo --bundled --seed {config.seed + 1:<4}             other test problems")
-    console.print("  parablock generate --json 'Mara has 4 boxes with 6 pencils in each. ...'")
+    console.print("  parablock chat                             talk to the bundled model")
+    console.print(f"  parablock demo --bundled --seed {config.seed + 1:<4}        other test problems")
+    console.print("  parablock generate --json 'QUESTION'              tokens and figures of one answer")
 
 
 def _machine() -> dict[str, Any]:
@@ -252,15 +252,6 @@ def _machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": torch.get_num_threads(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

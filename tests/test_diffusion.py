@@ -7,31 +7,12 @@ import torch
 from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
+from official_layout import additive, official_loss
 
 import parablock as pb
 from parablock.diffusion import objective
 from parablock.diffusion.masks import block_causal_mask, block_diffusion_mask, block_layout
 from parablock.diffusion.noise import complementary_views, mask_probability, sample_noise
-
-
-def dense(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[None, None]
-
-
-def official_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor, D: int, M: int) -> Any:
-    """The published layout: two sequences `[xt ; x0]`, the head everywhere; mean over all masked positions."""
-    length = ids.shape[1]
-    mask = dense(block_diffusion_mask(length, D), model.dtype)
-    positions = torch.arange(length).repeat(2)[None]
-    total, count = torch.zeros(()), 0
-    for view in complementary_views(noise, labels):
-        doubled = torch.cat([ids.masked_fill(view, M), ids], 1)
-        logits = model(input_ids=doubled, attention_mask=mask, position_ids=positions).logits[:, :length]
-        picked = view[:, 1:]
-        total = total + F.cross_entropy(logits[:, :-1][picked], ids[:, 1:][picked], reduction="sum")
-        count += int(picked.sum())
-    return total / count
 
 
 def random_batch(seed: int, rows: int, blocks: int, D: int, share: float) -> tuple[torch.Tensor, ...]:
@@ -45,7 +26,7 @@ def random_batch(seed: int, rows: int, blocks: int, D: int, share: float) -> tup
 
 
 def test_golden_clean_logits(golden_model: Any, golden_tensors: dict[str, torch.Tensor]) -> None:
-    mask = dense(block_causal_mask(96, 32))
+    mask = additive(block_causal_mask(96, 32))
     with torch.no_grad():
         logits = golden_model(golden_tensors["clean.input_ids"], attention_mask=mask).logits
     torch.testing.assert_close(logits, golden_tensors["clean.logits"], atol=1e-4, rtol=1e-4)
@@ -72,7 +53,7 @@ def test_golden_loss_and_gradients(golden_model: Any, golden_tensors: dict[str, 
 def test_loss_equals_the_published_layout(seed: int, rows: int, blocks: int, share: float) -> None:
     model = small_model().double()
     ids, labels, noise = random_batch(seed, rows, blocks, 8, share)
-    expected = official_loss(model, ids, labels, noise, 8, 63)
+    expected = official_loss(model, ids, labels, noise, block_size=8, mask_token_id=63)
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     for attention in ("block", "dense"):

@@ -120,7 +120,7 @@ def fastest_setting(
 
     threads_before = torch.get_num_threads()
     best: dict[tuple[int, int], float] = {}
-    config = replace(config, stop_token_ids=())  # every setting decodes the same number of tokens
+    config = replace(config, max_new_tokens=32, stop_token_ids=())  # the same number of tokens at every setting
     try:
         for _ in range(repeats):
             for number, model in enumerate(models):

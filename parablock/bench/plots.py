@@ -27,6 +27,8 @@ def plot_thresholds(path: Path, thresholds: Sequence[float], results: Sequence[R
     )
     left.axhline(100 * baseline.accuracy, color=GREY, ls="--", label="autoregressive")
     left.set(xlabel="threshold", ylabel="accuracy (%)", title="Accuracy")
+    lowest = min(r.accuracy - r.standard_error for r in [*results, baseline])
+    left.set_ylim(max(0.0, 100 * lowest - 15), 101)
     right.plot(thresholds, [r.tokens_per_second for r in results], "o-", color=ORANGE, label="block diffusion")
     right.axhline(baseline.tokens_per_second, color=GREY, ls="--", label="autoregressive")
     for x, r in zip(thresholds, results, strict=True):
@@ -35,7 +37,7 @@ def plot_thresholds(path: Path, thresholds: Sequence[float], results: Sequence[R
     right.set_ylim(bottom=0, top=1.15 * max(r.tokens_per_second for r in [*results, baseline]))
     for axis in (left, right):
         axis.grid(alpha=0.25)
-        axis.legend(loc="best", frameon=False)
+        axis.legend(loc="lower left", frameon=False)
     _write(figure, path)
 
 
@@ -47,7 +49,7 @@ def plot_denoising(path: Path, tokenizer: Any, prompt_length: int, steps: Sequen
         for column in step.revealed[0].nonzero()[0]:
             order.setdefault(int(step.start[0] + column) - prompt_length, number)
     tokens = steps[-1].tokens()
-    words = [tokenizer.decode([token]).replace("\n", "\\n").strip() or "_" for token in tokens]
+    words = [tokenizer.decode([token]).replace("\n", "\\n").strip(" <|>") or "_" for token in tokens]
     columns = 12
     rows = -(-len(words) // columns)
     figure, axis = plt.subplots(figsize=(columns * 0.85, 0.62 * rows + 0.9), layout="constrained")

@@ -1,0 +1,5 @@
+"""`python -m parablock`."""
+
+from parablock.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""The command as a user meets it: real processes."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import parablock
+from parablock.data.word_problems import read_answer, word_problem
+
+COMMAND = [sys.executable, "-m", "parablock"]
+QUESTION = word_problem("test", 5, 0).question
+
+
+def run(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def test_version_and_help_import_nothing_heavy() -> None:
+    code = (
+        "import sys, parablock, parablock.cli; parablock.cli.app(['--help'], standalone_mode=False); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    assert run("--version").stdout.strip() == f"parablock {parablock.__version__}"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo"])
+def test_every_command_explains_itself(command: str) -> None:
+    out = run(command, "--help")
+    assert out.returncode == 0
+    assert "--model" in out.stdout or command == "demo"
+
+
+def test_public_names() -> None:
+    for name in parablock.__all__:
+        assert getattr(parablock, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        parablock.nothing  # noqa: B018
+
+
+def test_generate_answers_from_argument_and_stdin() -> None:
+    argument = run("generate", QUESTION)
+    assert argument.returncode == 0, argument.stderr
+    assert argument.stderr == ""
+    assert read_answer(argument.stdout) is not None
+    assert run("generate", input=QUESTION).stdout == argument.stdout
+
+
+def test_generate_json_and_modes() -> None:
+    out = json.loads(run("generate", "--json", QUESTION).stdout)
+    assert out["new_tokens"] == len(out["tokens"])
+    assert out["tokens_per_forward"] > 1.5
+    ar = json.loads(run("generate", "--json", "-m", "bundled-ar", "--mode", "autoregressive", QUESTION).stdout)
+    assert ar["forwards"] == ar["new_tokens"]
+    limited = json.loads(run("generate", "--json", "--max-new-tokens", "5", QUESTION).stdout)
+    assert limited["tokens"] == out["tokens"][:5]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "--threshold", "1.5", "hi"], "threshold=1.5"),
+        (["generate", "--sub-block-size", "5", "hi"], "sub_block_size=5"),
+        (["generate", "--mode", "fast", "hi"], "mode='fast'"),
+        (["generate", "--model", "./nothing", "hi"], "there is no checkpoint directory at './nothing'"),
+        (["generate", "word " * 2000], "exceed the model's context of 512 tokens"),
+        (["generate", "--max-new-tokens", "600", "hi"], "max_new_tokens=600"),
+        (["chat", "--temperature", "-1"], "temperature=-1.0"),
+        (["demo", "--problems", "0"], "problems=0"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args: list[str], message: str, tmp_path: Path) -> None:
+    out = run(*args, cwd=tmp_path)
+    assert out.returncode == 2
+    assert message in out.stderr
+    assert len(out.stderr.strip().splitlines()) == 1
+    assert out.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [["generate", "--speed", "3", "hi"], ["fly"]])
+def test_unknown_options_and_commands(args: list[str]) -> None:
+    out = run(*args)
+    assert out.returncode == 2
+    assert "No such" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def test_chat_in_a_real_terminal() -> None:
+    """Ask, recall the question with the arrow key, clear, exit."""
+    parent, child = pty.openpty()
+    process = subprocess.Popen([*COMMAND, "chat"], stdin=child, stdout=child, stderr=child, close_fds=True)
+    os.close(child)
+    seen = ""
+
+    def wait_for(text: str, times: int) -> None:
+        nonlocal seen
+        end = time.monotonic() + 120
+        while seen.count(text) < times:
+            assert time.monotonic() < end, seen
+            seen += os.read(parent, 4096).decode(errors="replace")
+
+    wait_for("> ", 1)
+    os.write(parent, QUESTION.encode() + b"\n")
+    wait_for("tokens per forward", 1)
+    wait_for("> ", 2)
+    os.write(parent, b"\x1b[A\n")  # arrow up: the same question again
+    wait_for("tokens per forward", 2)
+    os.write(parent, b"clear\nexit\n")
+    assert process.wait(timeout=60) == 0
+    assert seen.count("####") == 2
+    assert "tokens/s" in seen
+
+
+def test_chat_reads_piped_questions() -> None:
+    out = run("chat", input=f"{QUESTION}\n")
+    assert out.returncode == 0
+    assert "####" in out.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run("demo", "--bundled", "--problems", "6", "--seed", "3", "--report", "my/report.json", cwd=folder)
+
+
+def test_demo_writes_what_it_names(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, out = demo
+    assert out.returncode == 0, out.stderr
+    report = json.loads((folder / "my" / "report.json").read_text())
+    names = [r["name"] for r in report["results"]]
+    assert names[0] == "autoregressive"
+    assert len(names) == 7
+    for result in report["results"]:
+        assert result["problems"] == 6
+        assert 0 <= result["accuracy"] <= 1
+        assert result["tokens_per_second"] > 0
+    assert report["results"][0]["tokens_per_forward"] == pytest.approx(1.0, abs=0.05)
+    for picture in ("thresholds.png", "denoising.png"):
+        assert (folder / "parablock-demo" / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in out.stdout
+    assert "speed-up" in out.stdout
+    assert not list(folder.rglob("*.part*"))
