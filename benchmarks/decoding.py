@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py
 
-Every problem is solved by every decoder in turn (see `parablock/bench/compare.py`). Prints a table, where the time goes,
-then one JSON line; writes `benchmarks/results/decoding.json` and `docs/images/thresholds.png`, `denoising.png`.
+Every problem is solved by every decoder in turn (see `parablock/bench/compare.py`). Prints a table and where the time
+goes, then one JSON line; writes `benchmarks/results/decoding.json` and `docs/images/thresholds.png`, `denoising.png`.
 """
 
 import argparse
@@ -48,9 +48,8 @@ def where_time_goes(contender: Any, prompts: list[list[int]]) -> dict[str, Any]:
             started = last = time.perf_counter()
             for step in pb.stream(contender.model, prompt, contender.config):
                 now = time.perf_counter()
-                by_kind[f"{step.kind}, {inside[-1][0]} tokens" if step.kind != "prefill" else "prefill"].append(
-                    now - last
-                )
+                kind = "prefill" if step.kind == "prefill" else f"{step.kind}, {inside[-1][0]} tokens"
+                by_kind[kind].append(now - last)
                 last = now
             total += time.perf_counter() - started
     finally:

@@ -34,9 +34,9 @@ def main() -> None:
     model.train()
     samples = [encode_chat(tokenizer, word_problem("train", 0, i).messages()) for i in range(args.batch)]
     rows = RowDataset(
-        samples, block_size=32, context_length=256, pad_token_id=tokenizer.pad_token_id, packing=False, seed=0
+        samples, block_size=32, context_length=256, pad_token_id=tokenizer.mask_token_id, packing=False, seed=0
     )
-    batch = collate([rows[i] for i in range(args.batch)], tokenizer.pad_token_id)
+    batch = collate([rows[i] for i in range(args.batch)], tokenizer.mask_token_id)
     options = {"block_size": 32, "mask_token_id": model.config.mask_token_id}
 
     def with_attention(name: str, loss: Callable[..., Tensor]) -> Callable[[], Tensor]:

@@ -52,17 +52,14 @@ def _decode_options(command: Callable[..., None]) -> Callable[..., None]:
     extra = []
     for f in dataclasses.fields(DecodeConfig):
         kind: Any = hints[f.name]
-        default: Any = f.default
         if f.name in ("mode", "strategy"):
             kind = str
         elif f.name == "stop_token_ids":
             kind = list[int] | None
-        elif f.name == "max_new_tokens":
-            kind, default = int | None, None
         option = typer.Option(help=DECODE_HELP[f.name], rich_help_panel="Decoding")
         extra.append(
             inspect.Parameter(
-                f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[kind, option]
             )
         )
 
@@ -71,19 +68,11 @@ def _decode_options(command: Callable[..., None]) -> Callable[..., None]:
         decode = {p.name: given.pop(p.name) for p in extra}
         stops = decode["stop_token_ids"]
         decode["stop_token_ids"] = tuple(stops) if stops else None
-        command(**given, config=decode)
+        command(**given, config=DecodeConfig(**decode))  # wrong settings are told before anything is loaded
 
     wrapper.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *extra]}
     return wrapper
-
-
-def _config(decode: dict[str, Any], context: int | None = None, prompt: int = 0) -> DecodeConfig:
-    """The `DecodeConfig` of the options; a `max_new_tokens` that was not given is cut to what the context leaves."""
-    if decode["max_new_tokens"] is None:
-        room = DecodeConfig().max_new_tokens if context is None else context - prompt
-        decode = {**decode, "max_new_tokens": max(1, min(DecodeConfig().max_new_tokens, room))}
-    return DecodeConfig(**decode)
 
 
 @app.command()
@@ -93,10 +82,9 @@ def generate(
     model: ModelOption = "bundled",
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens and figures.")] = False,
-    config: Any = None,
+    config: DecodeConfig = DecodeConfig(),
 ) -> None:
     """Answer one prompt, to stdout."""
-    _config(config)  # wrong settings are told before anything is loaded
     text = sys.stdin.read() if prompt in (None, "-") else prompt
     assert text is not None
     if not text.strip():
@@ -110,8 +98,7 @@ def generate(
         ids = tokenizer(text)["input_ids"]
     else:
         ids = encode_prompt(tokenizer, [{"role": "user", "content": text.strip()}])
-    resolved = _config(config, loaded.config.max_position_embeddings, len(ids))
-    out = decode(loaded, ids, resolved)
+    out = decode(loaded, ids, config)
     answer = tokenizer.decode(out.tokens[0], skip_special_tokens=True)
     if as_json:
         figures = {
@@ -134,10 +121,9 @@ def chat(
         bool | None,
         typer.Option(help="Send earlier turns along. Default: yes, but not to the bundled models (single questions)."),
     ] = None,
-    config: Any = None,
+    config: DecodeConfig = DecodeConfig(),
 ) -> None:
     """Talk to a model in the terminal."""
-    _config(config)
     from rich.console import Console
 
     from parablock.app.terminal import chat as converse
@@ -145,8 +131,7 @@ def chat(
 
     loaded, tokenizer = load(model)
     keep = model not in BUNDLED_MODELS if history is None else history
-    resolved = _config(config, loaded.config.max_position_embeddings // 2)
-    converse(loaded, tokenizer, resolved, Console(highlight=False), history=keep)
+    converse(loaded, tokenizer, config, Console(highlight=False), history=keep)
 
 
 @app.command()

@@ -64,12 +64,12 @@ class DecodeConfig:
 
     `strategy`: `"threshold"` reveals every position whose confidence is above `threshold`, `"factor"` as many of the
     most confident ones as `factor` allows, `"fixed"` the `tokens_per_step` most confident. `sub_block_cache` reuses the
-    K/V of the other sub-blocks of the block being decoded. None means: the checkpoint's own (`block_size`,
-    `mask_token_id`, `stop_token_ids`) or a fresh one (`seed`).
+    K/V of the other sub-blocks of the block being decoded. None means: 512, or what the context leaves
+    (`max_new_tokens`); the checkpoint's own (`block_size`, `mask_token_id`, `stop_token_ids`); a fresh one (`seed`).
     """
 
     mode: Mode = "diffusion"
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
     block_size: int | None = None
     sub_block_size: int = 8
     strategy: Strategy = "threshold"
@@ -90,7 +90,8 @@ class DecodeConfig:
             "strategy", self.strategy, "use 'threshold', 'factor' or 'fixed'",
         )  # fmt: skip
         for name in ("max_new_tokens", "sub_block_size", "tokens_per_step"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "use at least 1")
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "use at least 1")
         _require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")
         _require(self.factor > 0.0, "factor", self.factor, "use a positive value")
         _require(self.temperature >= 0.0, "temperature", self.temperature, "use 0 (greedy) or more")

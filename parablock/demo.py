@@ -161,9 +161,9 @@ def _steps_in(seconds: float, model: Any, tokenizer: Any) -> int:
     ]
     rows = RowDataset(
         samples, block_size=recipe.block_size, context_length=recipe.context_length,
-        pad_token_id=tokenizer.pad_token_id, packing=False, seed=0,
+        pad_token_id=tokenizer.mask_token_id, packing=False, seed=0,
     )  # fmt: skip
-    batch = collate([rows[i] for i in range(len(rows))], tokenizer.pad_token_id)
+    batch = collate([rows[i] for i in range(len(rows))], tokenizer.mask_token_id)
     trial = copy.deepcopy(model).train()
     times = []
     for _ in range(3):
@@ -213,6 +213,7 @@ def _bar(console: Console) -> Progress:
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
+    """The comparison as people read it."""
     table = Table(title="the same problems, one at a time", title_justify="left")
     table.add_column("decoder, threshold")
     for column in ("accuracy", "tokens/s", "tokens/forward", "speed-up"):

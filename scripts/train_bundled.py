@@ -1,6 +1,6 @@
 """Make the bundled model from nothing. Each stage reads what the one before it wrote:
 
-    for stage in tokenizer ar-flat ar diffusion-8 diffusion-flat diffusion; do
+    for stage in tokenizer ar-flat ar diffusion-8 diffusion-early diffusion-flat diffusion; do
         python scripts/train_bundled.py $stage --out runs/bundled
     done
 
@@ -60,8 +60,9 @@ PHASES = {
         "ar-flat", 62400, 12000, replace(MUON, mode="autoregressive", steps=250, warmup_steps=5, decay_share=1)
     ),
     "diffusion-8": Phase("ar", 80000, 14400, replace(MUON, steps=300, block_size=8)),
-    "diffusion-flat": Phase("diffusion-8", 100000, 240000, replace(MUON, steps=2500)),
-    "diffusion": Phase("diffusion-flat", 400000, 60000, replace(MUON, steps=1000, warmup_steps=5, decay_share=1)),
+    "diffusion-early": Phase("diffusion-8", 100000, 240000, replace(MUON, steps=500)),
+    "diffusion-flat": Phase("diffusion-early", 340000, 120000, replace(MUON, steps=2000, warmup_steps=5)),
+    "diffusion": Phase("diffusion-flat", 500000, 60000, replace(MUON, steps=1000, warmup_steps=5, decay_share=1)),
 }
 
 
@@ -171,7 +172,7 @@ def run(name: str, out: Path, threads: int) -> None:
         if "loss" in logs:
             print(f"{time.time() - started:7.0f} s  step {step:5d}  loss {logs['loss']:.4f}", flush=True)
 
-    train(model, tokenizer, samples, phase.recipe, out / f"{name}-run", progress=report)
+    train(model, tokenizer, samples, phase.recipe, out / f"{name}-run", resume=True, progress=report)
     save(model, tokenizer, out / name)
     minutes = round((time.time() - started) / 60, 1)
     (out / f"{name}.json").write_text(json.dumps({"phase": asdict(phase), "minutes": minutes}, indent=2) + "\n")

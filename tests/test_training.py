@@ -1,5 +1,6 @@
 """The recipe: rows, the optimizer, and real short trainings with transformers' Trainer."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,6 @@ def test_adamw_half_equals_torch() -> None:
 @pytest.mark.parametrize("mode", ["autoregressive", "diffusion"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_training_lowers_the_loss(tokenizer: Any, tmp_path: Path, mode: Any, optimizer: Any) -> None:
-    from dataclasses import replace
-
     model = small_model(initializer_range=0.05, num_hidden_layers=1)
     config = replace(CONFIG, mode=mode, optimizer=optimizer, packing=mode == "diffusion")
     losses: list[float] = []
@@ -123,9 +122,25 @@ def test_training_lowers_the_loss(tokenizer: Any, tmp_path: Path, mode: Any, opt
         assert model.config.bd_size == 8
 
 
-def test_accumulated_micro_batches_give_the_same_weights(tokenizer: Any, tmp_path: Path) -> None:
-    from dataclasses import replace
+def test_answers_are_followed_by_masks_in_training(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """What follows an answer in its last block is masked while it is decoded, so it is in training."""
+    from parablock.training import trainer
 
+    seen: list[torch.Tensor] = []
+    real = trainer.diffusion_loss
+
+    def spy(model: Any, input_ids: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(input_ids)
+        return real(model, input_ids, labels, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", spy)
+    model = small_model()
+    pb.train(model, tokenizer, samples(8), replace(CONFIG, steps=1, packing=False), tmp_path)
+    assert (seen[0][:, 12:16] == model.config.mask_token_id).all()
+    assert (seen[0][:, 11] == 62).all()
+
+
+def test_accumulated_micro_batches_give_the_same_weights(tokenizer: Any, tmp_path: Path) -> None:
     weights = []
     for micro in (8, 2):
         model = small_model(initializer_range=0.05)
@@ -136,8 +151,6 @@ def test_accumulated_micro_batches_give_the_same_weights(tokenizer: Any, tmp_pat
 
 
 def test_an_interrupted_training_continues(tokenizer: Any, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):

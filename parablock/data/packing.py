@@ -1,7 +1,7 @@
 """Samples -> block-aligned rows.
 
 Each sample is padded to a multiple of the block size, so that no block holds two samples; then as many samples as fit
-stand one after the other in a row of the context length (design: paper section 3.1, block-aligned packing).
+stand one after the other in a row of the context length (Fast-dLLM v2, section 3.1).
 """
 
 from collections.abc import Sequence

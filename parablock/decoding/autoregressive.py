@@ -11,7 +11,7 @@ import torch
 from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
 from parablock.decoding.forward import forward
-from parablock.decoding.steps import Limits, Rows, Step, draw
+from parablock.decoding.steps import Kind, Limits, Rows, Step, draw, to_host
 
 
 @torch.inference_mode()
@@ -21,7 +21,7 @@ def decode_autoregressive(
     """Decode `prompts` token by token; yields one `Step` per forward, the prefill (which gives a token) included."""
     lengths = np.array([len(p) for p in prompts])
     longest = int(lengths.max())
-    capacity = longest + config.max_new_tokens + 1
+    capacity = longest + limits.max_new_tokens + 1
     ids = np.zeros((len(prompts), capacity), dtype=np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
@@ -52,10 +52,11 @@ def _take(
     target_R: np.ndarray,
     config: DecodeConfig,
     seed: int,
-    kind: str,
+    kind: Kind,
 ) -> Step:
     """One token per unfinished row, written at `target_R`."""
     tokens, confidence = draw(logits, target_R[:, None], state, config, seed)
-    chosen = ~state.done_R[:, None]
-    state.reveal(target_R[:, None], tokens.cpu().numpy(), chosen)
-    return state.step(kind, target_R, 1, target_R[:, None], confidence.cpu().numpy(), chosen)  # type: ignore[arg-type]
+    chosen_R1 = ~state.done_R[:, None]
+    tokens_R1, confidence_R1 = to_host(tokens, confidence)
+    state.reveal(target_R[:, None], tokens_R1, chosen_R1)
+    return state.step(kind, target_R, 1, target_R[:, None], confidence_R1, chosen_R1)

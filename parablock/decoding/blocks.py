@@ -18,7 +18,7 @@ import torch
 from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
 from parablock.decoding.forward import forward
-from parablock.decoding.steps import Limits, Rows, Step, draw
+from parablock.decoding.steps import Limits, Rows, Step, draw, to_host
 from parablock.decoding.unmasking import reveal
 from parablock.diffusion.masks import block_causal_mask
 
@@ -85,7 +85,7 @@ def decode_blocks(
             logits = logits.gather(1, source[..., None].expand(-1, -1, logits.shape[-1]))
         tokens, confidence = draw(logits, target_RS, state, config, seed)
         chosen = reveal(confidence, torch.from_numpy(candidate_RS).to(logits.device), config)
-        tokens_RS, confidence_RS, chosen_RS = tokens.cpu().numpy(), confidence.cpu().numpy(), chosen.cpu().numpy()
+        tokens_RS, confidence_RS, chosen_RS = to_host(tokens, confidence, chosen)
 
         state.forwards_R += active_R
         state.written_R |= whole_R
@@ -105,7 +105,7 @@ def _start(prompts: list[list[int]], config: DecodeConfig, limits: Limits) -> _B
     assert D is not None
     assert mask_token_id is not None
     lengths = np.array([len(p) for p in prompts])
-    capacity = -(-int(lengths.max() + config.max_new_tokens) // D) * D + D  # one block to spare: a commit's first token
+    capacity = -(-int(lengths.max() + limits.max_new_tokens) // D) * D + D  # one block to spare: a commit's first token
     ids = np.full((len(prompts), capacity), mask_token_id, dtype=np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
@@ -142,5 +142,6 @@ def _prefill(model: Model, cache: BlockCache, state: _Blocks, config: DecodeConf
     logits = logits[torch.arange(len(last), device=logits.device), torch.from_numpy(which).to(logits.device)]
     boundary_R1 = ((state.prompt_R == state.start_R) & (state.start_R > 0))[:, None]
     tokens, confidence = draw(logits[:, None], state.start_R[:, None], state, config, seed)
-    state.reveal(state.start_R[:, None], tokens.cpu().numpy(), boundary_R1)
-    return state.step("prefill", state.start_R, D, state.start_R[:, None], confidence.cpu().numpy(), boundary_R1)
+    tokens_R1, confidence_R1 = to_host(tokens, confidence)
+    state.reveal(state.start_R[:, None], tokens_R1, boundary_R1)
+    return state.step("prefill", state.start_R, D, state.start_R[:, None], confidence_R1, boundary_R1)

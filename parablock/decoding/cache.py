@@ -50,7 +50,7 @@ class BlockCache(Cache):
                 buffer[:, :, self._start : self._start + new.shape[2]] = new
             else:
                 assert self._slots is not None
-                buffer.scatter_(2, self._slots.expand_as(new), new)
+                buffer.scatter_(2, self._slots.to(new.device).expand_as(new), new)
         keys, values = self.buffers[layer_idx]
         return keys[:, :, : self._visible], values[:, :, : self._visible]
 

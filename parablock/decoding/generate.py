@@ -12,6 +12,9 @@ from parablock.config import DecodeConfig, Model
 from parablock.decoding.autoregressive import decode_autoregressive
 from parablock.decoding.blocks import decode_blocks
 from parablock.decoding.steps import Limits, Step
+from parablock.diffusion.masks import require_full_attention
+
+DEFAULT_NEW_TOKENS = 512
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
@@ -75,6 +78,7 @@ def stream(model: Model, input_ids: Prompts, config: DecodeConfig | None = None)
     config = config or DecodeConfig()
     prompts = _rows(input_ids)
     config = _resolve(model, prompts, config)
+    assert config.max_new_tokens is not None
     limits = Limits(config.max_new_tokens, config.stop_token_ids or ())
     seed = int(torch.randint(2**31, ()).item()) if config.seed is None else config.seed
     if config.mode == "diffusion":
@@ -97,6 +101,7 @@ def _rows(input_ids: Prompts) -> list[list[int]]:
 
 def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:
     """Fill in what the checkpoint decides, and refuse what it cannot do."""
+    require_full_attention(model)
     own = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]
     block_size = config.block_size or getattr(own, "bd_size", None)
@@ -122,9 +127,10 @@ def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> De
             raise ValueError(f"prompt {number} holds an id outside the vocabulary of {vocabulary} tokens")
     context = own.max_position_embeddings
     longest = max(len(prompt) for prompt in prompts)
-    if longest + config.max_new_tokens > context:
+    max_new_tokens = config.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, context - longest))
+    if longest + max_new_tokens > context:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} exceed the model's context of "
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
             f"{context} tokens; shorten the prompt or lower max_new_tokens"
         )
     stops = config.stop_token_ids
@@ -132,4 +138,6 @@ def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> De
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = own.eos_token_id if eos is None else eos
         stops = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return replace(config, block_size=block_size, mask_token_id=mask_token_id, stop_token_ids=stops)
+    return replace(
+        config, max_new_tokens=max_new_tokens, block_size=block_size, mask_token_id=mask_token_id, stop_token_ids=stops
+    )

@@ -13,6 +13,8 @@ from torch import Tensor
 from parablock.config import DecodeConfig
 from parablock.decoding.unmasking import propose, uniform
 
+Kind = Literal["prefill", "denoise", "commit", "autoregressive"]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -32,7 +34,7 @@ class Step:
     how many forwards it took part, prefill excluded; `done [R]`: finished rows.
     """
 
-    kind: Literal["prefill", "denoise", "commit", "autoregressive"]
+    kind: Kind
     start: np.ndarray
     ids: np.ndarray
     masked: np.ndarray
@@ -91,7 +93,7 @@ class Rows:
 
     def step(
         self,
-        kind: Literal["prefill", "denoise", "commit", "autoregressive"],
+        kind: Kind,
         start_R: np.ndarray,
         width: int,
         target_RS: np.ndarray,
@@ -128,3 +130,9 @@ def draw(
         forward = torch.from_numpy(state.forwards_R).to(device)[:, None]
         numbers = uniform(seed, row, torch.from_numpy(target_RS).to(device), forward)
     return propose(logits_RSV, numbers, config)
+
+
+def to_host(tokens: Tensor, confidence: Tensor, *chosen: Tensor) -> tuple[np.ndarray, ...]:
+    """What a step proposed, in one transfer: the only place where decoding waits for the device."""
+    packed = torch.stack([tokens.double(), confidence.double(), *(c.double() for c in chosen)]).cpu().numpy()
+    return (packed[0].astype(np.int64), packed[1].astype(np.float32), *(p.astype(bool) for p in packed[2:]))

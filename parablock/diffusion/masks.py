@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from parablock.config import Model
+
 CLEAN, NOISY, COMPLEMENT = 0, 1, 2  # the streams
 
 BLOCK_ATTENTION = "parablock_block"  # the name under which transformers finds `block_attention`
@@ -160,6 +162,16 @@ def block_attention(
         out.append(weights @ own_v)
     result = torch.cat(out).view(units, kv_heads, share, size, width).permute(0, 3, 1, 2, 4)
     return result.reshape(1, units * size, heads, width), None
+
+
+def require_full_attention(model: Model) -> None:
+    """ValueError for a model with layers that our masks and cache would silently get wrong (sliding, linear ...)."""
+    others = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has layers of type {', '.join(sorted(others))}; block diffusion needs "
+            "full attention in every layer"
+        )
 
 
 def register_block_attention() -> str:

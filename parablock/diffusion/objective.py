@@ -16,7 +16,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from parablock.config import Model
-from parablock.diffusion.masks import CLEAN, BlockLayout, block_layout, register_block_attention
+from parablock.diffusion.masks import (
+    CLEAN,
+    BlockLayout,
+    block_layout,
+    register_block_attention,
+    require_full_attention,
+)
 from parablock.diffusion.noise import complementary_views
 
 Attention = Literal["block", "flex", "dense"]
@@ -73,6 +79,7 @@ def diffusion_loss(
 def _check(
     model: Model, input_ids: Tensor, labels: Tensor, noise_mask: Tensor, block_size: int, mask_token_id: int
 ) -> None:
+    require_full_attention(model)
     if not input_ids.shape == labels.shape == noise_mask.shape or input_ids.ndim != 2:
         shapes = [tuple(x.shape) for x in (input_ids, labels, noise_mask)]
         raise ValueError(f"input_ids, labels and noise_mask must share one shape [B, L], got {shapes}")

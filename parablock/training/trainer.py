@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from parablock.config import Model, TrainConfig
 from parablock.data.chat import Sample
@@ -65,6 +66,7 @@ def train(
     config: TrainConfig,
     output_dir: str | Path,
     *,
+    resume: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Model:
@@ -72,18 +74,21 @@ def train(
 
     With `mode="diffusion"` the model's config must hold `mask_token_id`; block size and mask id are recorded there, so
     that what is saved afterwards is a block-diffusion checkpoint. `output_dir` receives the Trainer's own checkpoints
-    (every `save_every` steps, the last two are kept) and a later call continues from the newest one.
+    (every `save_every` steps, the last two are kept); with `resume` training continues from the newest one there, if
+    there is any. `progress(step, logs)` is called every `log_every` steps with the Trainer's log (`loss`, ...).
 
-    `progress(step, logs)` is called every `log_every` steps with the Trainer's log (`loss`, `learning_rate`, ...).
+    Raises:
+        ValueError: no mask or padding token, no samples, or checkpoints in `output_dir` without `resume`.
     """
-    pad_token_id = tokenizer.pad_token_id
-    if not isinstance(pad_token_id, int):
-        raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
+    saved = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    if saved and not resume:
+        raise ValueError(f"{str(output_dir)!r} holds checkpoints; pass resume=True to continue, or name another folder")
+    padding = _padding(model, tokenizer, config)
     dataset = RowDataset(
         samples,
         block_size=config.block_size,
         context_length=config.context_length,
-        pad_token_id=pad_token_id,
+        pad_token_id=padding,
         packing=config.packing,
         seed=config.seed,
     )
@@ -91,27 +96,35 @@ def train(
         "model": model,
         "args": _arguments(config, output_dir),
         "train_dataset": dataset,
-        "data_collator": partial(_collate, pad_token_id=pad_token_id, with_noise=config.mode == "diffusion"),
+        "data_collator": partial(_collate, pad_token_id=padding, with_noise=config.mode == "diffusion"),
         "callbacks": [*callbacks, *([_Report(progress)] if progress else [])],
     }
     if config.optimizer == "muon":
         muon = build_optimizer(model, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
         common["optimizers"] = (muon, None)
     if config.mode == "diffusion":
-        mask_token_id = getattr(model.config, "mask_token_id", None)
-        if mask_token_id is None:
-            raise ValueError("model.config.mask_token_id is missing; name the token that stands at masked positions")
         model.config.bd_size = config.block_size
-        trainer: Trainer = BlockDiffusionTrainer(**common, block_size=config.block_size, mask_token_id=mask_token_id)
+        trainer: Trainer = BlockDiffusionTrainer(**common, block_size=config.block_size, mask_token_id=padding)
     else:
         trainer = Trainer(**common)
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    newest = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    trainer.train(resume_from_checkpoint=str(newest[-1]) if newest else None)
+    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     return model.eval()
+
+
+def _padding(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
+    """What fills a sample's last block.
+
+    In block diffusion the mask token does (paper section 3.1): while an answer is decoded, what follows its end in the
+    block is masked, too. A padding token there would tell the model in training where the answer ends.
+    """
+    if config.mode == "diffusion":
+        if getattr(model.config, "mask_token_id", None) is None:
+            raise ValueError("model.config.mask_token_id is missing; name the token that stands at masked positions")
+        return int(model.config.mask_token_id)
+    if not isinstance(tokenizer.pad_token_id, int):
+        raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
+    return tokenizer.pad_token_id
 
 
 def _collate(rows: list[dict[str, Tensor]], *, pad_token_id: int, with_noise: bool) -> dict[str, Tensor]:

@@ -1,0 +1,50 @@
+"""The examples run as they stand, and the documents name only files that exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(("script", "args"), [("quickstart.py", []), ("adapt.py", ["4"])])
+def test_examples_run(script: str, args: list[str]) -> None:
+    out = subprocess.run(
+        [sys.executable, ROOT / "examples" / script, *args], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert out.returncode == 0, out.stderr
+    assert ("####" if script == "quickstart.py" else "tokens per forward") in out.stdout
+
+
+def test_the_readme_shows_the_quickstart() -> None:
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    script = (ROOT / "examples" / "quickstart.py").read_text()
+    assert shown
+    assert all(line in script for block in shown for line in block.splitlines())
+
+
+def test_architecture_lists_every_file() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    files = {p.name for p in (ROOT / "parablock").rglob("*.py")} - {"__main__.py"}
+    assert all(re.search(rf"^ +{re.escape(name)} ", text, re.M) for name in files), files
+    named = re.findall(r"^ +([a-z_]+\.py) ", text, re.M)
+    assert set(named) <= files
+
+
+def test_rooms_import_only_from_rooms_above() -> None:
+    rooms = ["config", "checkpoints", "data", "diffusion", "training", "decoding", "app", "evals", "bench", "demo"]
+    for path in (ROOT / "parablock").rglob("*.py"):
+        room = path.relative_to(ROOT / "parablock").parts[0].removesuffix(".py")
+        if room not in rooms:
+            continue
+        imported = set(re.findall(r"^\s*(?:from|import) parablock\.(\w+)", path.read_text(), re.M)) - {room}
+        assert imported <= set(rooms[: rooms.index(room)]), path
+
+
+def test_links_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), ROOT / "parablock" / "bundled" / "README.md"]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), (document.name, link)
