@@ -27,6 +27,7 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A checkpoint directory, a hub id, 'bundled' or 'bundled-ar'.")
 ]
 
+DEFAULTS = DecodeConfig()
 DECODE_HELP = {
     "mode": "'diffusion' (several tokens per forward) or 'autoregressive'.",
     "max_new_tokens": "The answer is at most this long, exactly. Default: 512, less if the context is shorter.",
@@ -82,7 +83,7 @@ def generate(
     model: ModelOption = "bundled",
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens and figures.")] = False,
-    config: DecodeConfig = DecodeConfig(),
+    config: DecodeConfig = DEFAULTS,
 ) -> None:
     """Answer one prompt, to stdout."""
     text = sys.stdin.read() if prompt in (None, "-") else prompt
@@ -121,7 +122,7 @@ def chat(
         bool | None,
         typer.Option(help="Send earlier turns along. Default: yes, but not to the bundled models (single questions)."),
     ] = None,
-    config: DecodeConfig = DecodeConfig(),
+    config: DecodeConfig = DEFAULTS,
 ) -> None:
     """Talk to a model in the terminal."""
     from rich.console import Console

@@ -100,6 +100,13 @@ def test_max_new_tokens_is_exact(model: Any, mode: Any) -> None:
         assert pb.generate(model, prompt(1, 11), replace(BASE, mode=mode, max_new_tokens=n)).tokens[0] == whole[:n]
 
 
+def test_without_max_new_tokens_the_context_is_the_limit(model: Any) -> None:
+    out = pb.generate(model, prompt(1, 240), replace(BASE, max_new_tokens=None))
+    assert len(out.tokens[0]) == 16
+    with pytest.raises(ValueError, match="a prompt of 256 tokens"):
+        pb.generate(model, prompt(1, 256), replace(BASE, max_new_tokens=None))
+
+
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
 @pytest.mark.parametrize("length", [3, 8])
 def test_a_stop_token_ends_the_row_wherever_it_stands(model: Any, mode: Any, length: int) -> None:
@@ -324,6 +331,8 @@ def test_bad_requests_are_named(model: Any) -> None:
         pb.generate(model, [1], replace(BASE, sub_block_size=3))
     with pytest.raises(ValueError, match="outside the vocabulary of 64"):
         pb.generate(model, [64], BASE)
+    with pytest.raises(ValueError, match="sliding_attention"):
+        pb.generate(small_model(use_sliding_window=True, sliding_window=4, max_window_layers=0), [1], BASE)
     plain = small_model()
     del plain.config.mask_token_id
     with pytest.raises(ValueError, match="names no mask token"):

@@ -163,7 +163,12 @@ def test_an_interrupted_training_continues(tokenizer: Any, tmp_path: Path) -> No
     pb.train(model, tokenizer, samples(60), config, tmp_path / "parts", callbacks=[Stop()])
     steps: list[int] = []
     again = small_model(initializer_range=0.05)
-    pb.train(again, tokenizer, samples(60), config, tmp_path / "parts", progress=lambda step, logs: steps.append(step))
+    with pytest.raises(ValueError, match="holds checkpoints; pass resume=True"):
+        pb.train(again, tokenizer, samples(60), config, tmp_path / "parts")
+    pb.train(
+        again, tokenizer, samples(60), config, tmp_path / "parts", resume=True,
+        progress=lambda step, logs: steps.append(step),
+    )  # fmt: skip
     assert min(steps) > 4
     for a, b in zip(again.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
