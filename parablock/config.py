@@ -1,6 +1,7 @@
 """What a user can set, one frozen dataclass per stage; every wrong value is a ValueError that names it."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 Model = Any  # a decoder-only language model of transformers; what its config holds depends on the architecture
@@ -11,6 +12,12 @@ Strategy = Literal["threshold", "factor", "fixed"]
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r} is out of range; {remedy}")
+
+
+def require_library(name: str, extra: str) -> None:
+    """ValueError that names the remedy unless the library of an optional extra is installed."""
+    if find_spec(name) is None:
+        raise ValueError(f"this needs {name}; install it with: pip install 'parablock[{extra}]'")
 
 
 @dataclass(frozen=True)

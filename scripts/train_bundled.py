@@ -61,7 +61,7 @@ PHASES = {
     ),
     "diffusion-8": Phase("ar", 80000, 14400, replace(MUON, steps=300, block_size=8)),
     "diffusion-early": Phase("diffusion-8", 100000, 240000, replace(MUON, steps=500)),
-    "diffusion-flat": Phase("diffusion-early", 340000, 120000, replace(MUON, steps=2000, warmup_steps=5)),
+    "diffusion-flat": Phase("diffusion-early", 340000, 120000, replace(MUON, steps=1000, warmup_steps=5)),
     "diffusion": Phase("diffusion-flat", 500000, 60000, replace(MUON, steps=1000, warmup_steps=5, decay_share=1)),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from parablock.bench.compare import Result
+from parablock.config import require_library
 from parablock.decoding.steps import Step
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
@@ -67,10 +68,9 @@ def plot_denoising(path: Path, tokenizer: Any, prompt_length: int, steps: Sequen
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("plots need matplotlib; install it with: pip install 'parablock[plot]'") from error
+    require_library("matplotlib", "plot")
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

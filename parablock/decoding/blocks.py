@@ -18,7 +18,7 @@ import torch
 from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
 from parablock.decoding.forward import forward
-from parablock.decoding.steps import Limits, Rows, Step, draw, to_host
+from parablock.decoding.steps import Kind, Limits, Rows, Step, draw, to_host
 from parablock.decoding.unmasking import reveal
 from parablock.diffusion.masks import block_causal_mask
 
@@ -31,72 +31,91 @@ class _Blocks(Rows):
     written_R: np.ndarray  # bool: the active block has K/V from an earlier forward
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The next forward: Q is the block size, or the sub-block size when no row needs its whole block."""
+
+    active_R: np.ndarray  # rows that are not done
+    commit_R: np.ndarray  # rows whose block is full: this forward commits it
+    whole_R: np.ndarray  # rows that need all of their block, the committing ones among them
+    position_RQ: np.ndarray  # what runs
+    slot_RQ: np.ndarray  # where its K/V are written; the spare slot for what must stay as it is
+    source_RS: np.ndarray  # which of the Q logits predict ...
+    target_RS: np.ndarray  # ... these positions (token shift)
+    candidate_RS: np.ndarray  # bool: positions that may be revealed
+
+
 @torch.inference_mode()
 def decode_blocks(
     model: Model, prompts: list[list[int]], config: DecodeConfig, limits: Limits, seed: int
 ) -> Iterator[Step]:
     """Decode `prompts`; yields one `Step` per forward, the prefill included. `config.block_size` must be set."""
-    D, S = config.block_size, config.sub_block_size
+    D = config.block_size
     assert D is not None
     state = _start(prompts, config, limits)
     cache = BlockCache(len(prompts), state.ids_RC.shape[1])
     if state.start_R.any():
         yield _prefill(model, cache, state, config, seed)
-
     rows = np.arange(len(prompts))
     while not state.done_R.all():
-        block_RD = state.start_R[:, None] + np.arange(D)
-        masked_RD = state.masked_RC[rows[:, None], block_RD]
-        first_R = masked_RD.argmax(1)  # first masked position: left to right, its sub-block is the current one
-        active_R = ~state.done_R
-        commit_R = active_R & ~masked_RD.any(1)
-        sub_R = first_R // S * S
-        whole_R = commit_R | (active_R & (~state.written_R | (sub_R == first_R) | (not config.sub_block_cache)))
-        wide = bool(whole_R.any())
-
-        # the forward: whole blocks, or each row's sub-block; cache slots beyond a row's own part go to the spare slot
-        offset_R = np.zeros_like(sub_R) if wide else sub_R
-        query_RQ = offset_R[:, None] + np.arange(D if wide else S)
-        in_sub_RQ = (query_RQ >= sub_R[:, None]) & (query_RQ < sub_R[:, None] + S)
-        write_RQ = active_R[:, None] & (whole_R[:, None] | in_sub_RQ)
-        position_RQ = state.start_R[:, None] + query_RQ
-
-        # token shift: position i is predicted at i - 1; a committing row asks its last position for the next block
-        candidate_RS = np.take_along_axis(masked_RD, sub_R[:, None] + np.arange(S), 1) & active_R[:, None]
-        source_RS = np.maximum(sub_R[:, None] + np.arange(S) - 1 - offset_R[:, None], 0)
-        target_RS = block_RD[:, :1] + sub_R[:, None] + np.arange(S)
-        candidate_RS[commit_R] = False
-        candidate_RS[commit_R, 0] = True
-        source_RS[commit_R, 0] = D - 1
-        target_RS[commit_R, 0] = state.start_R[commit_R] + D
-        alike = bool((source_RS == source_RS[0]).all())
-
+        plan = _plan(state, config, cache.capacity)
+        alike = bool((plan.source_RS == plan.source_RS[0]).all())
         logits = forward(
             model,
             cache,
-            state.ids_RC[rows[:, None], position_RQ],
-            start_R=position_RQ[:, 0],
-            slots_RQ=np.where(write_RQ, position_RQ, cache.capacity),
+            state.ids_RC[rows[:, None], plan.position_RQ],
+            start_R=plan.position_RQ[:, 0],
+            slots_RQ=plan.slot_RQ,
             visible_R=state.start_R + D,
-            keep=source_RS[0] if alike else None,
+            keep=plan.source_RS[0] if alike else None,
         )
         if not alike:
-            source = torch.from_numpy(source_RS).to(logits.device)
+            source = torch.from_numpy(plan.source_RS).to(logits.device)
             logits = logits.gather(1, source[..., None].expand(-1, -1, logits.shape[-1]))
-        tokens, confidence = draw(logits, target_RS, state, config, seed)
-        chosen = reveal(confidence, torch.from_numpy(candidate_RS).to(logits.device), config)
+        tokens, confidence = draw(logits, plan.target_RS, state, config, seed)
+        chosen = reveal(confidence, torch.from_numpy(plan.candidate_RS).to(logits.device), config)
         tokens_RS, confidence_RS, chosen_RS = to_host(tokens, confidence, chosen)
 
-        state.forwards_R += active_R
-        state.written_R |= whole_R
-        state.written_R[commit_R] = False
-        state.start_R[commit_R] += D
-        shown_R = np.where(commit_R, state.start_R, block_RD[:, 0])
-        state.reveal(target_RS, tokens_RS, chosen_RS)
-        yield state.step(
-            "commit" if commit_R.any() and not (active_R & ~commit_R).any() else "denoise",
-            shown_R, D, target_RS, confidence_RS, chosen_RS,
-        )  # fmt: skip
+        state.forwards_R += plan.active_R
+        state.written_R = (state.written_R | plan.whole_R) & ~plan.commit_R
+        state.start_R = state.start_R + D * plan.commit_R
+        state.reveal(plan.target_RS, tokens_RS, chosen_RS)
+        kind: Kind = "commit" if (plan.commit_R == plan.active_R).all() else "denoise"
+        yield state.step(kind, state.start_R, D, plan.target_RS, confidence_RS, chosen_RS)
+
+
+def _plan(state: _Blocks, config: DecodeConfig, spare_slot: int) -> _Plan:
+    """Every row's next action: denoise its current sub-block, alone or with the whole block, or commit."""
+    D, S = config.block_size, config.sub_block_size
+    assert D is not None
+    block_RD = state.start_R[:, None] + np.arange(D)
+    masked_RD = np.take_along_axis(state.masked_RC, block_RD, 1)
+    active_R = ~state.done_R
+    commit_R = active_R & ~masked_RD.any(1)
+    first_R = masked_RD.argmax(1)  # the first masked position; sub-blocks are revealed left to right
+    sub_R = first_R // S * S  # where its sub-block begins
+    # the token shift takes the prediction of a sub-block's first position from outside it
+    whole_R = active_R & (commit_R | ~state.written_R | (sub_R == first_R) | (not config.sub_block_cache))
+
+    wide = bool(whole_R.any())
+    offset_R = np.zeros_like(sub_R) if wide else sub_R  # of the first query in the block
+    query_RQ = offset_R[:, None] + np.arange(D if wide else S)
+    in_sub_RQ = (query_RQ >= sub_R[:, None]) & (query_RQ < sub_R[:, None] + S)
+    position_RQ = state.start_R[:, None] + query_RQ
+    write_RQ = active_R[:, None] & (whole_R[:, None] | in_sub_RQ)
+
+    in_block_RS = sub_R[:, None] + np.arange(S)
+    source_RS = np.maximum(in_block_RS - 1 - offset_R[:, None], 0)
+    target_RS = state.start_R[:, None] + in_block_RS
+    candidate_RS = np.take_along_axis(masked_RD, in_block_RS, 1) & active_R[:, None]
+    # a committing row asks its last position for the first token of the next block
+    source_RS[commit_R, 0] = D - 1
+    target_RS[commit_R, 0] = state.start_R[commit_R] + D
+    candidate_RS[commit_R, 0] = True
+    return _Plan(
+        active_R, commit_R, whole_R, position_RQ, np.where(write_RQ, position_RQ, spare_slot), source_RS, target_RS,
+        candidate_RS,
+    )  # fmt: skip
 
 
 def _start(prompts: list[list[int]], config: DecodeConfig, limits: Limits) -> _Blocks:

@@ -66,11 +66,13 @@ class Rows:
     limits: Limits
     done_R: np.ndarray = field(init=False)
     length_R: np.ndarray = field(init=False)  # response tokens so far, without a gap, the stop token included
+    stop_R: np.ndarray = field(init=False)  # position of the first stop token of the response, or far beyond
     forwards_R: np.ndarray = field(init=False)  # decode forwards (prefill not counted)
 
     def __post_init__(self) -> None:
         self.done_R = np.zeros(len(self.prompt_R), dtype=bool)
         self.length_R = np.zeros_like(self.prompt_R)
+        self.stop_R = np.full_like(self.prompt_R, np.iinfo(np.int64).max - 1)
         self.forwards_R = np.zeros_like(self.prompt_R)
 
     def reveal(self, target_RS: np.ndarray, tokens_RS: np.ndarray, chosen_RS: np.ndarray) -> None:
@@ -79,17 +81,17 @@ class Rows:
         A row ends with a stop token that has no mask before it, or when `max_new_tokens` stand without a gap.
         """
         rows, slots = chosen_RS.nonzero()
-        targets = target_RS[rows, slots]
-        self.ids_RC[rows, targets] = tokens_RS[rows, slots]
+        targets, tokens = target_RS[rows, slots], tokens_RS[rows, slots]
+        self.ids_RC[rows, targets] = tokens
         self.masked_RC[rows, targets] = False
-        gap = self.masked_RC.argmax(1) - self.prompt_R  # the buffer's end is always masked
-        length = np.minimum(gap, self.limits.max_new_tokens)
-        position = np.arange(self.ids_RC.shape[1]) - self.prompt_R[:, None]
-        stop = np.isin(self.ids_RC, self.limits.stop_token_ids) & (position >= 0) & (position < length[:, None])
-        stopped = stop.any(1)
-        length = np.where(stopped, stop.argmax(1) - self.prompt_R + 1, length)
-        self.length_R = np.where(self.done_R, self.length_R, length)
-        self.done_R = self.done_R | stopped | (length == self.limits.max_new_tokens)
+        stops = np.isin(tokens, self.limits.stop_token_ids)
+        np.minimum.at(self.stop_R, rows[stops], targets[stops])
+        # the buffer's end is always masked, so there is a first gap
+        end_R = np.minimum(self.masked_RC.argmax(1), self.prompt_R + self.limits.max_new_tokens)
+        stopped_R = self.stop_R < end_R
+        length_R = np.where(stopped_R, self.stop_R + 1, end_R) - self.prompt_R
+        self.length_R = np.where(self.done_R, self.length_R, length_R)
+        self.done_R = self.done_R | stopped_R | (length_R == self.limits.max_new_tokens)
 
     def step(
         self,
