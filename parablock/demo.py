@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from parablock.bench.machine import processor
 from parablock.bench.plots import plot_denoising, plot_thresholds
 from parablock.checkpoints import load
 from parablock.config import DecodeConfig, TrainConfig, require_library
-from parablock.data.chat import Sample, encode_chat, encode_prompt
-from parablock.data.word_problems import Problem, word_problem
+from parablock.data.chat import Sample, encode_prompt
+from parablock.data.word_problems import EncodedProblems, Problem
 from parablock.decoding.generate import stream
 from parablock.evals.word_problems import MAX_NEW_TOKENS, evaluate, test_problems
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+AUTOREGRESSIVE = DecodeConfig(mode="autoregressive", max_new_tokens=MAX_NEW_TOKENS)
 CHOSEN = 0.9  # the threshold of the paper
 LIVE_RECIPE = TrainConfig(  # small blocks are learned first: a few minutes show more of block size 8 than of 32
     batch_size=32, micro_batch_size=32, context_length=256, packing=False, block_size=8, optimizer="muon", lr=3e-3,
@@ -80,6 +82,12 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     console.print(f"test problems: {config.problems}, seed {config.seed} (none of them in the training data)\n")
     console.print(f"[dim]{problems[0].question}[/]\n[green]{problems[0].answer}[/]\n")
 
+    with console.status("measuring the AR model"):
+        score = evaluate(ar, tokenizer, problems, AUTOREGRESSIVE)
+    console.print(
+        f"the AR model solves {score.correct} of {score.problems} "
+        f"({100 * score.accuracy:.1f} ± {100 * score.standard_error:.1f} %), one token per forward\n"
+    )
     live = _adapt_live(ar, tokenizer, config, console) if config.live_minutes > 0 else None
     decoders = contenders(ar, diffusion, live, tokenizer, problems[0], console)
     with _bar(console) as bar:
@@ -120,12 +128,10 @@ def _adapt_live(ar: Any, tokenizer: Any, config: DemoConfig, console: Console) -
     console.print(
         f"[bold]adapting live[/] for {config.live_minutes:g} min, block size 8 (watch tokens per forward rise)"
     )
-    steps = _steps_in(budget, live.model, tokenizer)
-    recipe = TrainConfig(**{**asdict(LIVE_RECIPE), "steps": steps, "seed": config.seed})
-    samples = [
-        encode_chat(tokenizer, word_problem("train", 10**6 + config.seed, i).messages())
-        for i in range(steps * recipe.batch_size)
-    ]
+    samples = EncodedProblems(tokenizer, seed=10**6 + config.seed, count=10**6)
+    step_seconds = _seconds_per_step(live.model, tokenizer, samples)
+    steps = max(10, int(budget / (1.2 * step_seconds)))  # a sixth of the time goes to the tests in between
+    recipe = replace(LIVE_RECIPE, steps=steps, seed=config.seed)
     started = time.perf_counter()
 
     class Stop(TrainerCallback):  # a slower stretch than the estimate must not make the demo late
@@ -153,33 +159,18 @@ def _adapt_live(ar: Any, tokenizer: Any, config: DemoConfig, console: Console) -
     return live
 
 
-def _steps_in(seconds: float, model: Any, tokenizer: Any) -> int:
-    """How many steps of the live recipe fit into `seconds`: one step on a copy, timed."""
-    import torch
+def _seconds_per_step(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> float:
+    """What a step of the live recipe takes on this machine: a short training of a copy, its first step apart."""
+    from parablock.training.trainer import train
 
-    from parablock.diffusion.objective import diffusion_loss
-    from parablock.training.rows import RowDataset, collate
-
-    recipe = LIVE_RECIPE
-    samples: Sequence[Sample] = [
-        encode_chat(tokenizer, word_problem("train", 10**6, i).messages()) for i in range(recipe.batch_size)
-    ]
-    rows = RowDataset(
-        samples, block_size=recipe.block_size, context_length=recipe.context_length,
-        pad_token_id=tokenizer.mask_token_id, packing=False, seed=0,
-    )  # fmt: skip
-    batch = collate([rows[i] for i in range(len(rows))], tokenizer.mask_token_id)
-    trial = copy.deepcopy(model).train()
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        loss = diffusion_loss(
-            trial, batch["input_ids"], batch["labels"], batch["noise_mask"], block_size=recipe.block_size,
-            mask_token_id=model.config.mask_token_id,
+    times: list[float] = []
+    recipe = replace(LIVE_RECIPE, steps=4, log_every=1, warmup_steps=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        train(
+            copy.deepcopy(model), tokenizer, samples, recipe, scratch,
+            progress=lambda step, logs: times.append(time.perf_counter()),
         )  # fmt: skip
-        torch.autograd.backward(loss)
-        times.append(time.perf_counter() - started)
-    return max(10, int(seconds / (1.25 * min(times))))  # a quarter for the optimiser, data and the live tests
+    return min(b - a for a, b in pairwise(times[: recipe.steps]))
 
 
 def _decode(threshold: float) -> DecodeConfig:
@@ -194,11 +185,10 @@ def contenders(
 
     prompt = encode_prompt(tokenizer, problem.messages()[:1])
     threads = sorted({1, torch.get_num_threads()})
-    autoregressive = DecodeConfig(mode="autoregressive", max_new_tokens=MAX_NEW_TOKENS)
     with console.status("choosing each mode's fastest dtype and thread count"):
-        best_ar, ar_threads = fastest_setting(_dtypes(ar), autoregressive, prompt, threads=threads)
+        best_ar, ar_threads = fastest_setting(_dtypes(ar), AUTOREGRESSIVE, prompt, threads=threads)
         best, best_threads = fastest_setting(_dtypes(diffusion), _decode(CHOSEN), prompt, threads=threads)
-    decoders = [Contender("autoregressive", best_ar, autoregressive, ar_threads)]
+    decoders = [Contender("autoregressive", best_ar, AUTOREGRESSIVE, ar_threads)]
     if live is not None:
         model = live.model.to(best.dtype)
         decoders.append(

@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,8 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from parablock.checkpoints import save
 from parablock.config import TrainConfig
-from parablock.data.chat import Sample, encode_chat
-from parablock.data.word_problems import NAME_ENDS, NAME_STARTS, word_problem
+from parablock.data.word_problems import NAME_ENDS, NAME_STARTS, EncodedProblems, word_problem
 from parablock.training.trainer import train
 
 VOCABULARY = 640
@@ -64,19 +63,6 @@ PHASES = {
     "diffusion-flat": Phase("diffusion-early", 340000, 120000, replace(MUON, steps=1000, warmup_steps=5)),
     "diffusion": Phase("diffusion-flat", 500000, 60000, replace(MUON, steps=1000, warmup_steps=5, decay_share=1)),
 }
-
-
-class EncodedProblems(Sequence[Sample]):
-    """The training problems `start .. start + count`, made and tokenized when asked for."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, start: int, count: int) -> None:
-        self.tokenizer, self.start, self.count = tokenizer, start, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        return encode_chat(self.tokenizer, word_problem("train", 0, self.start + index).messages())
 
 
 def tokenizer_corpus(problems: int = 4000) -> Iterator[str]:
@@ -165,7 +151,7 @@ def run(name: str, out: Path, threads: int) -> None:
         model = new_model(tokenizer, phase.recipe.seed)
     else:
         model = AutoModelForCausalLM.from_pretrained(out / phase.start, dtype="float32", attn_implementation="eager")
-    samples = EncodedProblems(tokenizer, phase.first_problem, phase.problems)
+    samples = EncodedProblems(tokenizer, seed=0, start=phase.first_problem, count=phase.problems)
     started = time.time()
 
     def report(step: int, logs: dict[str, float]) -> None:

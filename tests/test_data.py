@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from parablock.checkpoints import BUNDLED
 from parablock.data.chat import IGNORE, Sample, encode_chat, encode_prompt
 from parablock.data.packing import pack, pad_to_block
-from parablock.data.word_problems import EVENTS, NAMES, OPENINGS, QUESTIONS, read_answer, word_problem
+from parablock.data.word_problems import EVENTS, NAMES, OPENINGS, QUESTIONS, EncodedProblems, read_answer, word_problem
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,13 @@ def test_problems_are_many_and_varied() -> None:
     assert len(shapes) > 1500
     assert len(OPENINGS) * len(EVENTS) * len(QUESTIONS) >= 300
     assert len({word_problem("train", 0, i).answer.count("\n") for i in range(200)}) == 3
+
+
+def test_encoded_problems_are_lazy_samples(tokenizer: Any) -> None:
+    problems = EncodedProblems(tokenizer, seed=4, start=10, count=3)
+    assert len(problems) == 3
+    assert problems[2] == encode_chat(tokenizer, word_problem("train", 4, 12).messages())
+    assert len(list(problems)) == 3
 
 
 def test_read_answer() -> None:

@@ -12,9 +12,14 @@ gives a fresh test set.
 import random
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from parablock.data.chat import Sample, encode_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "test"]
 Numbers = dict[str, int]
@@ -199,6 +204,21 @@ def word_problem(split: Split, seed: int, index: int) -> Problem:
         problem = _draw(rng, split)
         if problem is not None:
             return problem
+
+
+class EncodedProblems(Sequence[Sample]):
+    """Training problems `start .. start + count` of a seed as samples, made and tokenized when asked for."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, seed: int, start: int = 0, count: int) -> None:
+        self.tokenizer, self.seed, self.start, self.length = tokenizer, seed, start, count
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return encode_chat(self.tokenizer, word_problem("train", self.seed, self.start + index).messages())
 
 
 def _draw(rng: random.Random, split: Split) -> Problem | None:
