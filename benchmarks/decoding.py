@@ -20,9 +20,8 @@ from rich.console import Console
 
 import parablock as pb
 from parablock.bench.compare import compare
-from parablock.bench.plots import plot_denoising, plot_thresholds
 from parablock.data.chat import encode_prompt
-from parablock.demo import CHOSEN, THRESHOLDS, contenders, print_table
+from parablock.demo import CHOSEN, contenders, draw_pictures, name_of, print_table
 from parablock.evals.word_problems import test_problems
 
 
@@ -79,7 +78,7 @@ def main() -> None:
     decoders = contenders(ar, diffusion, None, tokenizer, problems[0], console)
     results = compare(decoders, tokenizer, problems)
     print_table(results, console)
-    chosen = 1 + THRESHOLDS.index(CHOSEN)
+    chosen = [d.name for d in decoders].index(name_of(CHOSEN))
     prompts = [encode_prompt(tokenizer, p.messages()[:1]) for p in problems[:30]]
     breakdown = {decoders[i].name: where_time_goes(decoders[i], prompts) for i in (0, chosen)}
     for name, parts in breakdown.items():
@@ -90,10 +89,7 @@ def main() -> None:
                 f"{100 * row['share_of_time']:4.1f} % of the time"
             )
     PICTURES.mkdir(parents=True, exist_ok=True)
-    plot_thresholds(PICTURES / "thresholds.png", THRESHOLDS, results[1:], results[0])
-    steps = list(pb.stream(diffusion, prompts[0], decoders[chosen].config))
-    title = f"{len(steps[-1].tokens())} tokens in {len(steps)} forwards (numbers: which one revealed the token)"
-    plot_denoising(PICTURES / "denoising.png", tokenizer, len(prompts[0]), steps, title)
+    draw_pictures(PICTURES, results, diffusion, tokenizer, problems[0])
     write(
         "decoding",
         {

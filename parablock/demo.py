@@ -31,6 +31,7 @@ from parablock.decoding.generate import stream
 from parablock.evals.word_problems import MAX_NEW_TOKENS, evaluate, test_problems
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+WIDER_SUB_BLOCKS = (16, 32)
 AUTOREGRESSIVE = DecodeConfig(mode="autoregressive", max_new_tokens=MAX_NEW_TOKENS)
 CHOSEN = 0.9  # the threshold of the paper
 LIVE_RECIPE = TrainConfig(  # small blocks are learned first: a few minutes show more of block size 8 than of 32
@@ -95,12 +96,7 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         results = compare(decoders, tokenizer, problems, progress=lambda done: bar.update(task, completed=done))
     print_table(results, console)
 
-    chosen = results[-len(THRESHOLDS) :]
-    plot_thresholds(folder / "thresholds.png", THRESHOLDS, chosen, results[0])
-    prompt = encode_prompt(tokenizer, problems[0].messages()[:1])
-    steps = list(stream(diffusion, prompt, decoders[-len(THRESHOLDS) + THRESHOLDS.index(CHOSEN)].config))
-    title = f"{len(steps[-1].tokens())} tokens in {len(steps)} forwards (numbers: which one revealed the token)"
-    plot_denoising(folder / "denoising.png", tokenizer, len(prompt), steps, title)
+    draw_pictures(folder, results, diffusion, tokenizer, problems[0])
 
     report = {
         "config": {**asdict(config), "folder": str(folder), "report": str(report_path)},
@@ -114,6 +110,16 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     scratch.replace(report_path)
     _print_end(results, folder, report_path, config, console)
     return report
+
+
+def draw_pictures(folder: Path, results: Sequence[Result], model: Any, tokenizer: Any, problem: Problem) -> None:
+    """`thresholds.png` from the comparison, `denoising.png` from one more answer of `model`."""
+    by_name = {r.name: r for r in results}
+    plot_thresholds(folder / "thresholds.png", THRESHOLDS, [by_name[name_of(t)] for t in THRESHOLDS], results[0])
+    prompt = encode_prompt(tokenizer, problem.messages()[:1])
+    steps = list(stream(model, prompt, _decode(CHOSEN)))
+    title = f"{len(steps[-1].tokens())} tokens in {len(steps)} forwards (numbers: which one revealed the token)"
+    plot_denoising(folder / "denoising.png", tokenizer, len(prompt), steps, title)
 
 
 def _adapt_live(ar: Any, tokenizer: Any, config: DemoConfig, console: Console) -> _Live:
@@ -173,8 +179,8 @@ def _seconds_per_step(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> 
     return min(b - a for a, b in pairwise(times[: recipe.steps]))
 
 
-def _decode(threshold: float) -> DecodeConfig:
-    return DecodeConfig(max_new_tokens=MAX_NEW_TOKENS, threshold=threshold)
+def _decode(threshold: float, sub_block_size: int = 8) -> DecodeConfig:
+    return DecodeConfig(max_new_tokens=MAX_NEW_TOKENS, threshold=threshold, sub_block_size=sub_block_size)
 
 
 def contenders(
@@ -194,7 +200,13 @@ def contenders(
         decoders.append(
             Contender(f"live, {live.steps} steps, block {LIVE_RECIPE.block_size}", model, _decode(CHOSEN), best_threads)
         )
-    return decoders + [Contender(f"block diffusion, {t}", best, _decode(t), best_threads) for t in THRESHOLDS]
+    decoders += [Contender(name_of(t), best, _decode(t), best_threads) for t in THRESHOLDS]
+    return decoders + [Contender(name_of(CHOSEN, s), best, _decode(CHOSEN, s), best_threads) for s in WIDER_SUB_BLOCKS]
+
+
+def name_of(threshold: float, sub_block_size: int = 8) -> str:
+    """A block-diffusion decoder's name in the table."""
+    return f"block diffusion, {threshold}" + (f", sub-block {sub_block_size}" if sub_block_size != 8 else "")
 
 
 def _dtypes(model: Any) -> list[Any]:
@@ -212,7 +224,7 @@ def _bar(console: Console) -> Progress:
 def print_table(results: Sequence[Result], console: Console) -> None:
     """The comparison as people read it."""
     table = Table(title="the same problems, one at a time", title_justify="left")
-    table.add_column("decoder, threshold")
+    table.add_column("decoder, threshold (sub-block 8)")
     for column in ("accuracy", "tokens/s", "tokens/forward", "speed-up"):
         table.add_column(column, justify="right")
     for r in results:
@@ -229,7 +241,7 @@ def print_table(results: Sequence[Result], console: Console) -> None:
 
 
 def _print_end(results: Sequence[Result], folder: Path, report: Path, config: DemoConfig, console: Console) -> None:
-    ar, chosen = results[0], next(r for r in results if r.name == f"block diffusion, {CHOSEN}")
+    ar, chosen = results[0], next(r for r in results if r.name == name_of(CHOSEN))
     console.print(
         f"Block diffusion at threshold {CHOSEN} is [bold]{chosen.speed_up:.1f}x[/] as fast as AR decoding, at "
         f"{100 * chosen.accuracy:.1f} % against {100 * ar.accuracy:.1f} % solved."

@@ -99,6 +99,11 @@ def main() -> None:
         scores[threshold] = score = evaluate(model, tokenizer, problems, config)
         table.append(f"| block diffusion, threshold {threshold} | {percent(score)} | {score.tokens_per_forward:.2f} |")
         print(table[-1], flush=True)
+    for size in (16, 32):
+        score = evaluate(model, tokenizer, problems, DecodeConfig(max_new_tokens=MAX_NEW_TOKENS, sub_block_size=size))
+        name = f"block diffusion, threshold 0.9, sub-block {size}"
+        table.append(f"| {name} | {percent(score)} | {score.tokens_per_forward:.2f} |")
+        print(table[-1], flush=True)
     calibrated = ["| confidence | tokens | mean confidence | equal to the worked solution |", "|---|---|---|---|"]
     for name, count, mean, share in calibration(scores[0.9]):
         calibrated.append(f"| {name} | {count} | {mean:.3f} | {share:.3f} |")

@@ -70,6 +70,7 @@ def test_generate_json_and_modes() -> None:
         (["generate", "--threshold", "1.5", "hi"], "threshold=1.5"),
         (["generate", "--sub-block-size", "5", "hi"], "sub_block_size=5"),
         (["generate", "--mode", "fast", "hi"], "mode='fast'"),
+        (["generate", "--model", "bundled-ar", "hi"], "the checkpoint names no block size"),
         (["generate", "--model", "./nothing", "hi"], "there is no checkpoint directory at './nothing'"),
         (["generate", "word " * 2000], "exceed the model's context of 512 tokens"),
         (["generate", "--max-new-tokens", "600", "hi"], "max_new_tokens=600"),
@@ -138,7 +139,7 @@ def test_demo_writes_what_it_names(demo: tuple[Path, subprocess.CompletedProcess
     report = json.loads((folder / "my" / "report.json").read_text())
     names = [r["name"] for r in report["results"]]
     assert names[0] == "autoregressive"
-    assert len(names) == 7
+    assert len(names) == len(set(names)) == 9
     for result in report["results"]:
         assert result["problems"] == 6
         assert 0 <= result["accuracy"] <= 1
