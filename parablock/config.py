@@ -26,7 +26,8 @@ class TrainConfig:
 
     `lr` is AdamW's, `muon_lr` Muon's; both warm up over `warmup_steps`, stay flat, and fall linearly to zero over the
     last `decay_share` of the steps. `batch_size` counts rows per optimisation step, `micro_batch_size` rows per
-    forward. `packing` fills rows of `context_length` tokens with several samples; without it a row is one sample.
+    forward and process. `packing` fills rows of `context_length` tokens with several samples; without it a row is one
+    sample.
     """
 
     mode: Mode = "diffusion"

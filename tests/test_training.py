@@ -1,5 +1,8 @@
 """The recipe: rows, the optimizer, and real short trainings with transformers' Trainer."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_model
+from safetensors.torch import load_file
 
 import parablock as pb
 from parablock.checkpoints import BUNDLED
@@ -148,6 +152,41 @@ def test_accumulated_micro_batches_give_the_same_weights(tokenizer: Any, tmp_pat
         pb.train(model, tokenizer, samples(60), config, tmp_path / str(micro))
         weights.append(model.model.layers[0].mlp.up_proj.weight)
     torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_train_the_same_weights(tokenizer: Any, tmp_path: Path, optimizer: Any) -> None:
+    """The same global batch, shared out over two real torchrun processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = [str(Path(__file__).parent / "train_worker.py"), str(tmp_path), optimizer]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run([*command, *worker], capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert out.returncode == 0, out.stderr
+    model = small_model(initializer_range=0.05)
+    config = replace(CONFIG, steps=3, optimizer=optimizer, packing=False)
+    pb.train(model, tokenizer, samples(60), config, tmp_path / "single")
+    shared = load_file(tmp_path / "weights.safetensors")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, shared[name], atol=1e-4, rtol=1e-3)
+
+
+def test_bf16_runs_the_loss_under_autocast(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from parablock.training import trainer
+
+    seen: list[bool] = []
+    real = trainer.diffusion_loss
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", spy)
+    model = small_model()
+    pb.train(model, tokenizer, samples(8), replace(CONFIG, steps=1, bf16=True), tmp_path)
+    assert seen
+    assert all(seen)
+    assert "forward" not in vars(model)
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)
 
 
 def test_an_interrupted_training_continues(tokenizer: Any, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The recipe around `transformers.Trainer`: train an AR model on chats, or adapt one to block diffusion."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -20,35 +21,6 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
 
 Progress = Callable[[int, dict[str, float]], None]  # (optimisation step, what was logged)
-
-
-class BlockDiffusionTrainer(Trainer):
-    """`Trainer` with the block-diffusion loss in place of the model's own."""
-
-    def __init__(self, *args: Any, block_size: int, mask_token_id: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.block_size = block_size
-        self.mask_token_id = mask_token_id
-        self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole accumulated batch
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The block-diffusion loss of one micro-batch."""
-        loss = diffusion_loss(
-            self.accelerator.unwrap_model(model),
-            inputs["input_ids"],
-            inputs["labels"],
-            inputs["noise_mask"],
-            block_size=self.block_size,
-            mask_token_id=self.mask_token_id,
-            num_items=num_items_in_batch,
-        )
-        return (loss, None) if return_outputs else loss
 
 
 class _Report(TrainerCallback):
@@ -105,12 +77,37 @@ def train(
         common["optimizers"] = (muon, None)
     if config.mode == "diffusion":
         model.config.bd_size = config.block_size
-        trainer: Trainer = BlockDiffusionTrainer(**common, block_size=config.block_size, mask_token_id=padding)
-    else:
+        model.forward = _loss_as_forward(model, config.block_size, padding)
+    try:
         trainer = Trainer(**common)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+    finally:
+        if "forward" in model.__dict__:
+            del model.forward  # the class's own again
     return model.eval()
+
+
+def _loss_as_forward(model: Model, block_size: int, mask_token_id: int) -> Callable[..., dict[str, Tensor]]:
+    """The block-diffusion loss in the place of the model's forward, while it trains.
+
+    So whatever wraps a model for training (autocast, DDP, FSDP, PEFT) runs around the loss as around any forward.
+    """
+
+    def forward(
+        input_ids: Tensor,
+        labels: Tensor,
+        noise_mask: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        loss = diffusion_loss(
+            model, input_ids, labels, noise_mask, block_size=block_size, mask_token_id=mask_token_id,
+            num_items=num_items_in_batch,
+        )  # fmt: skip
+        return {"loss": loss}
+
+    return forward
 
 
 def _padding(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
@@ -136,11 +133,18 @@ def _collate(rows: list[dict[str, Tensor]], *, pad_token_id: int, with_noise: bo
 
 
 def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = config.micro_batch_size * processes
+    if config.batch_size % rows:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be shared out over {processes} processes with "
+            f"micro_batch_size={config.micro_batch_size}; use a multiple of {rows}"
+        )
     return TrainingArguments(
         output_dir=str(output_dir),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // rows,
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
