@@ -86,6 +86,8 @@ def generate(
     config: DecodeConfig = DEFAULTS,
 ) -> None:
     """Answer one prompt, to stdout."""
+    if prompt is None and sys.stdin.isatty():
+        raise ValueError("there is no prompt; pass it as an argument or on stdin")
     text = sys.stdin.read() if prompt in (None, "-") else prompt
     assert text is not None
     if not text.strip():
@@ -164,7 +166,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command; a wrong value or a missing file is one line on stderr and exit status 2, Ctrl-C is 130."""
+    """Run the command; a wrong value or a missing file is one line on stderr and exit status 2 (Ctrl-C: 130)."""
     # waiting threads must not spin: on a shared machine they slow small models down many times
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -177,6 +179,3 @@ def main() -> None:
             raise SystemExit(1) from None
         print(f"parablock: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("parablock: stopped", file=sys.stderr)
-        raise SystemExit(130) from None

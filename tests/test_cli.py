@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,20 @@ def test_chat_reads_piped_questions() -> None:
     out = run("chat", input=f"{QUESTION}\n")
     assert out.returncode == 0
     assert "####" in out.stdout
+
+
+def test_ctrl_c_is_clean(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "demo", "--bundled", "--problems", "500"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()  # it has begun
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 @pytest.fixture(scope="module")

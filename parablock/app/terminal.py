@@ -36,7 +36,7 @@ def chat(model: Any, tokenizer: Any, config: DecodeConfig, console: Console, *, 
         try:
             answer = _answer(model, tokenizer, messages, config, console)
         except ValueError as error:
-            console.print(f"[red]{error}[/]")
+            console.print(f"{error} ('clear' forgets the conversation)", style="red", markup=False)
             messages.pop()
             continue
         except KeyboardInterrupt:
@@ -50,17 +50,18 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], config: 
     """Decode the answer to `messages`, printing every stretch of text as soon as no mask stands before it."""
     prompt = encode_prompt(tokenizer, messages)
     started = time.perf_counter()
-    shown = ""
+    text = shown = ""
     for step in stream(model, prompt, config):
         text = tokenizer.decode(step.tokens(), skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
             console.file.write(text[len(shown) :])
             console.file.flush()
             shown = text
+    console.file.write(text[len(shown) :])
     seconds = time.perf_counter() - started
     tokens, forwards = len(step.tokens()), max(1, int(step.decode_forwards[0]))
     console.file.write("\n")
     console.print(
         f"[dim]{tokens} tokens, {tokens / seconds:.0f} tokens/s, {tokens / forwards:.2f} tokens per forward[/]"
     )
-    return shown
+    return text
