@@ -142,8 +142,9 @@ def _adapt_live(ar: Any, tokenizer: Any, config: DemoConfig, console: Console) -
 
     class Stop(TrainerCallback):  # a slower stretch than the estimate must not make the demo late
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if time.perf_counter() - started > 1.3 * budget:
-                control.should_training_stop = True
+            live.steps = state.global_step
+            late = time.perf_counter() - started > 1.3 * budget
+            control.should_training_stop = late and live.steps >= recipe.log_every
 
     def progress(step: int, logs: dict[str, float]) -> None:
         if "loss" not in logs:
@@ -151,7 +152,6 @@ def _adapt_live(ar: Any, tokenizer: Any, config: DemoConfig, console: Console) -
         live.model.eval()
         score = evaluate(live.model, tokenizer, held_out, _decode(CHOSEN))
         live.model.train()
-        live.steps = step
         live.log.append({"step": step, "loss": logs["loss"], "tokens_per_forward": score.tokens_per_forward})
         seconds = time.perf_counter() - started
         console.print(

@@ -170,6 +170,18 @@ def test_two_processes_train_the_same_weights(tokenizer: Any, tmp_path: Path, op
         torch.testing.assert_close(p, shared[name], atol=1e-4, rtol=1e-3)
 
 
+def test_the_model_decodes_while_it_trains(tokenizer: Any, tmp_path: Path) -> None:
+    model = small_model(initializer_range=0.05)
+    answers: list[list[int]] = []
+
+    def progress(step: int, logs: dict[str, float]) -> None:
+        answers.append(pb.generate(model, [1, 2, 3], pb.DecodeConfig(max_new_tokens=5)).tokens[0])
+
+    pb.train(model, tokenizer, samples(60), replace(CONFIG, steps=4, log_every=2), tmp_path, progress=progress)
+    assert len(answers) == 3
+    assert answers[-1] == pb.generate(model, [1, 2, 3], pb.DecodeConfig(max_new_tokens=5)).tokens[0]
+
+
 def test_bf16_runs_the_loss_under_autocast(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     from parablock.training import trainer
 

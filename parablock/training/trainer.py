@@ -88,22 +88,20 @@ def train(
     return model.eval()
 
 
-def _loss_as_forward(model: Model, block_size: int, mask_token_id: int) -> Callable[..., dict[str, Tensor]]:
+def _loss_as_forward(model: Model, block_size: int, mask_token_id: int) -> Callable[..., Any]:
     """The block-diffusion loss in the place of the model's forward, while it trains.
 
-    So whatever wraps a model for training (autocast, DDP, FSDP, PEFT) runs around the loss as around any forward.
+    So whatever wraps a model for training (autocast, DDP, FSDP, PEFT) runs around the loss as around any forward. A
+    call without a noise mask is the model's own forward: callbacks can decode with the model while it trains.
     """
+    own_forward = model.forward
 
-    def forward(
-        input_ids: Tensor,
-        labels: Tensor,
-        noise_mask: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    def forward(*args: Any, noise_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if noise_mask is None:
+            return own_forward(*args, **kwargs)
         loss = diffusion_loss(
-            model, input_ids, labels, noise_mask, block_size=block_size, mask_token_id=mask_token_id,
-            num_items=num_items_in_batch,
+            model, kwargs["input_ids"], kwargs["labels"], noise_mask, block_size=block_size,
+            mask_token_id=mask_token_id, num_items=kwargs.get("num_items_in_batch"),
         )  # fmt: skip
         return {"loss": loss}
 
