@@ -143,8 +143,8 @@ def _adapt_live(ar: Any, tokenizer: Any, config: DemoConfig, console: Console) -
     class Stop(TrainerCallback):  # a slower stretch than the estimate must not make the demo late
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             live.steps = state.global_step
-            late = time.perf_counter() - started > 1.3 * budget
-            control.should_training_stop = late and live.steps >= recipe.log_every
+            if live.steps >= recipe.log_every and time.perf_counter() - started > 1.3 * budget:
+                control.should_training_stop = True
 
     def progress(step: int, logs: dict[str, float]) -> None:
         if "loss" not in logs:
