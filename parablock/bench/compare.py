@@ -113,7 +113,7 @@ def _result(
 
 
 def fastest_setting(
-    models: Sequence[Any], config: DecodeConfig, prompt: list[int], *, threads: Sequence[int], repeats: int = 3
+    models: Sequence[Any], config: DecodeConfig, prompt: list[int], *, threads: Sequence[int], repeats: int = 5
 ) -> tuple[Any, int]:
     """Which of `models` (one per dtype) and of `threads` decodes `prompt` fastest: the best of `repeats` each."""
     import torch
