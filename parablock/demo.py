@@ -6,8 +6,6 @@ AR decoding, the live adaptation and the bundled adapted checkpoint; write the t
 
 import copy
 import json
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from parablock.bench.compare import Contender, Result, compare, fastest_setting
-from parablock.bench.machine import processor
+from parablock.bench.machine import machine
 from parablock.bench.plots import plot_denoising, plot_thresholds
 from parablock.checkpoints import load
 from parablock.config import DecodeConfig, TrainConfig, require_library
@@ -100,7 +98,7 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
 
     report = {
         "config": {**asdict(config), "folder": str(folder), "report": str(report_path)},
-        "machine": _machine(),
+        "machine": machine(),
         "results": [r.as_dict() for r in results],
         "live": None if live is None else {"steps": live.steps, "seconds": live.seconds, "log": live.log},
         "seconds": time.perf_counter() - started,
@@ -251,17 +249,3 @@ def _print_end(results: Sequence[Result], folder: Path, report: Path, config: De
     console.print("  parablock chat                             talk to the bundled model")
     console.print(f"  parablock demo --bundled --seed {config.seed + 1:<4}        other test problems")
     console.print("  parablock generate --json 'QUESTION'              tokens and figures of one answer")
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": torch.get_num_threads(),
-    }

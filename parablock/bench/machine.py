@@ -1,11 +1,27 @@
-"""Which machine a figure was measured on."""
+"""Which machine and which versions a figure was measured with."""
 
 import platform
+import sys
 from pathlib import Path
+from typing import Any
 
 
-def processor() -> str:
-    """The processor's own name."""
+def machine() -> dict[str, Any]:
+    """Processor, threads, platform and library versions, for a report."""
+    import torch
+    import transformers
+
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
