@@ -246,6 +246,9 @@ def _print_end(results: Sequence[Result], folder: Path, report: Path, config: De
     )
     console.print(f"written: {folder / 'thresholds.png'}, {folder / 'denoising.png'}, {report}\n")
     console.print("next:")
-    console.print("  parablock chat                             talk to the bundled model")
-    console.print(f"  parablock demo --bundled --seed {config.seed + 1:<4}        other test problems")
-    console.print("  parablock generate --json 'QUESTION'              tokens and figures of one answer")
+    for command, what in (
+        ("parablock chat", "talk to the bundled model"),
+        (f"parablock demo --bundled --seed {config.seed + 1}", "other test problems"),
+        ("parablock generate --json 'QUESTION'", "tokens and figures of one answer"),
+    ):
+        console.print(f"  {command:38s}{what}")
