@@ -75,6 +75,7 @@ def train(
     if config.optimizer == "muon":
         muon = build_optimizer(model, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
         common["optimizers"] = (muon, None)
+    forward_before = {name: f for name, f in model.__dict__.items() if name == "forward"}
     if config.mode == "diffusion":
         model.config.bd_size = config.block_size
         model.forward = _loss_as_forward(model, config.block_size, padding)
@@ -83,8 +84,8 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     finally:
-        if "forward" in model.__dict__:
-            del model.forward  # the class's own again
+        model.__dict__.pop("forward", None)
+        model.__dict__.update(forward_before)  # the class's own again, or what another wrapper had put there
     return model.eval()
 
 
