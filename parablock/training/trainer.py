@@ -1,5 +1,6 @@
 """The recipe around `transformers.Trainer`: train an AR model on chats, or adapt one to block diffusion."""
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -83,10 +84,20 @@ def train(
         trainer = Trainer(**common)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        atexit.register(_leave_process_group)
     finally:
         model.__dict__.pop("forward", None)
         model.__dict__.update(forward_before)  # the class's own again, or what another wrapper had put there
     return model.eval()
+
+
+def _leave_process_group() -> None:
+    """At exit, while threads can still be joined: a gloo group that is left open can abort the interpreter's end.
+
+    Only after a training that succeeded: closing a group that other processes still wait in can block.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _loss_as_forward(model: Model, block_size: int, mask_token_id: int) -> Callable[..., Any]:
@@ -159,6 +170,7 @@ def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments
         save_steps=config.save_every or 500,
         save_total_limit=2,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
