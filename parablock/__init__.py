@@ -2,11 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
+from wrapt import lazy_import, register_post_import_hook
+
 if TYPE_CHECKING:
-    from parablock.checkpoints import load, save
+    from parablock.checkpoints.export import export
+    from parablock.checkpoints.load import load
+    from parablock.checkpoints.save import save
     from parablock.config import DecodeConfig, TrainConfig
     from parablock.decoding.generate import GenerateOutput, generate, stream
     from parablock.decoding.steps import Step
+    from parablock.decoding.transformers_generate import custom_generate
     from parablock.diffusion.noise import sample_noise
     from parablock.diffusion.objective import diffusion_loss
     from parablock.training.trainer import train
@@ -18,11 +23,13 @@ _HOME = {
     "GenerateOutput": "decoding.generate",
     "Step": "decoding.steps",
     "TrainConfig": "config",
+    "custom_generate": "decoding.transformers_generate",
     "diffusion_loss": "diffusion.objective",
+    "export": "checkpoints.export",
     "generate": "decoding.generate",
-    "load": "checkpoints",
+    "load": "checkpoints.load",
     "sample_noise": "diffusion.noise",
-    "save": "checkpoints",
+    "save": "checkpoints.save",
     "stream": "decoding.generate",
     "train": "training.trainer",
 }
@@ -32,7 +39,9 @@ __all__ = [
     "GenerateOutput",
     "Step",
     "TrainConfig",
+    "custom_generate",
     "diffusion_loss",
+    "export",
     "generate",
     "load",
     "sample_noise",
@@ -40,6 +49,16 @@ __all__ = [
     "stream",
     "train",
 ]
+
+
+def _register_official_config(configuration_auto: Any) -> None:
+    """Let transformers' Auto classes load Fast-dLLM v2 checkpoints; the classes are imported when one is met."""
+    config_class = lazy_import("parablock.checkpoints.official", attribute="Fast_dLLM_QwenConfig")
+    configuration_auto.CONFIG_MAPPING.register("Fast_dLLM_Qwen", config_class, exist_ok=True)
+
+
+# at once if transformers' Auto classes are imported already, else when they are
+register_post_import_hook(_register_official_config, "transformers.models.auto.configuration_auto")
 
 
 def __getattr__(name: str) -> Any:

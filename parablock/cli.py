@@ -39,6 +39,7 @@ DECODE_HELP = {
     "tokens_per_step": "For 'fixed': how many positions a step reveals.",
     "temperature": "0 is greedy; above, tokens are sampled.",
     "top_p": "Sample from the smallest set of tokens with this probability.",
+    "top_k": "Sample from this many most probable tokens. Default: all.",
     "sub_block_cache": "Reuse the K/V of the other sub-blocks inside a block.",
     "stop_token_ids": "Token ids that end the answer (repeatable). Default: the checkpoint's own.",
     "mask_token_id": "The id that stands at masked positions. Default: the checkpoint's own.",
@@ -92,7 +93,7 @@ def generate(
     assert text is not None
     if not text.strip():
         raise ValueError("the prompt is empty; pass it as an argument or on stdin")
-    from parablock.checkpoints import load
+    from parablock.checkpoints.load import load
     from parablock.data.chat import encode_prompt
     from parablock.decoding.generate import generate as decode
 
@@ -130,7 +131,7 @@ def chat(
     from rich.console import Console
 
     from parablock.app.terminal import chat as converse
-    from parablock.checkpoints import BUNDLED_MODELS, load
+    from parablock.checkpoints.load import BUNDLED_MODELS, load
 
     loaded, tokenizer = load(model)
     keep = model not in BUNDLED_MODELS if history is None else history

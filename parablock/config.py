@@ -72,8 +72,9 @@ class DecodeConfig:
 
     `strategy`: `"threshold"` reveals every position whose confidence is above `threshold`, `"factor"` as many of the
     most confident ones as `factor` allows, `"fixed"` the `tokens_per_step` most confident. `sub_block_cache` reuses the
-    K/V of the other sub-blocks of the block being decoded. None means: 512, or what the context leaves
-    (`max_new_tokens`); the checkpoint's own (`block_size`, `mask_token_id`, `stop_token_ids`); a fresh one (`seed`).
+    K/V of the other sub-blocks of the block being decoded. None means:
+    512, or what the context leaves (`max_new_tokens`); the checkpoint's own (`block_size`, `mask_token_id`,
+    `stop_token_ids`); no limit (`top_k`); a fresh one (`seed`).
     """
 
     mode: Mode = "diffusion"
@@ -86,6 +87,7 @@ class DecodeConfig:
     tokens_per_step: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int | None = None
     sub_block_cache: bool = True
     stop_token_ids: tuple[int, ...] | None = None
     mask_token_id: int | None = None
@@ -97,7 +99,7 @@ class DecodeConfig:
             self.strategy in ("threshold", "factor", "fixed"),
             "strategy", self.strategy, "use 'threshold', 'factor' or 'fixed'",
         )  # fmt: skip
-        for name in ("max_new_tokens", "sub_block_size", "tokens_per_step"):
+        for name in ("max_new_tokens", "sub_block_size", "tokens_per_step", "top_k"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "use at least 1")
         _require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")

@@ -21,7 +21,7 @@ from rich.table import Table
 from parablock.bench.compare import Contender, Result, compare, fastest_setting
 from parablock.bench.machine import machine
 from parablock.bench.plots import plot_denoising, plot_thresholds
-from parablock.checkpoints import load
+from parablock.checkpoints.load import load
 from parablock.config import DecodeConfig, TrainConfig, require_library
 from parablock.data.chat import Sample, encode_prompt
 from parablock.data.word_problems import EncodedProblems, Problem
@@ -66,8 +66,6 @@ class _Live:
 def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Run the demo; returns the report that was also written as JSON."""
     require_library("matplotlib", "plot")
-    if config.live_minutes > 0:
-        require_library("accelerate", "train")
     started = time.perf_counter()
     folder = config.folder
     report_path = config.report or folder / "report.json"

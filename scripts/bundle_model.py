@@ -20,7 +20,8 @@ import numpy as np
 from train_bundled import PHASES, VOCABULARY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parablock.checkpoints import BUNDLED, load, save
+from parablock.checkpoints.load import BUNDLED, load
+from parablock.checkpoints.save import save
 from parablock.config import DecodeConfig
 from parablock.data.chat import encode_chat
 from parablock.data.word_problems import word_problem

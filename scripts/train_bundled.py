@@ -21,7 +21,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from parablock.checkpoints import save
+from parablock.checkpoints.save import save
 from parablock.config import TrainConfig
 from parablock.data.word_problems import NAME_ENDS, NAME_STARTS, EncodedProblems, word_problem
 from parablock.training.trainer import train

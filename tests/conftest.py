@@ -6,13 +6,14 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
@@ -78,3 +79,37 @@ def small_model(**changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()
+
+
+def write_official(path: Path) -> Path:
+    """A directory in the published layout: golden weights, the published config's fields, a cut of its tokenizer.
+
+    The golden vocabulary (512) is widened to the tokenizer's ids with small rows, so that the golden tokens stay what
+    they are and the chat's special tokens have a row.
+    """
+    shutil.copytree(Path(__file__).parent / "official", path)
+    golden = json.loads((GOLDEN / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text())
+    rows = 151680
+    config |= {k: golden[k] for k in SHAPE} | {"vocab_size": rows, "layer_types": golden["layer_types"]}
+    config["max_window_layers"], config["torch_dtype"] = 2, "float32"
+    (path / "config.json").write_text(json.dumps(config))
+    weights = load_file(GOLDEN / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        new = torch.empty(rows, golden["hidden_size"]).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        new[:512] = weights[name]
+        weights[name] = new
+    # two shards and an index, as the published files
+    shards = [{k: v for k, v in weights.items() if (k == "lm_head.weight") == last} for last in (False, True)]
+    index = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file(shard, path / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def official_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_official(tmp_path_factory.mktemp("hub") / "Fast_dLLM_v2")

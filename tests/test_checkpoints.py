@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import parablock as pb
-from parablock.checkpoints import BUNDLED
+from parablock.checkpoints.load import BUNDLED
 
 
 def test_round_trip_keeps_weights_tokens_and_fields(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_directory_without_config_or_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json"):
         pb.load(tmp_path)
     path = broken(tmp_path, lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"))
-    with pytest.raises(ValueError, match=r"no \.safetensors weights.*pickle files are never read"):
+    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model\.bin\).*convert them once"):
         pb.load(path)
 
 

@@ -11,7 +11,7 @@ from test_training import CONFIG, samples
 from transformers import AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints import BUNDLED
+from parablock.checkpoints.load import BUNDLED
 
 if __name__ == "__main__":
     model = small_model(initializer_range=0.05)

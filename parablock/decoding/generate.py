@@ -1,6 +1,7 @@
 """`generate` and `stream`: check the request against the model, run the loop of the chosen mode, gather the tokens."""
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,10 +102,12 @@ def _rows(input_ids: Prompts) -> list[list[int]]:
 
 def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:
     """Fill in what the checkpoint decides, and refuse what it cannot do."""
-    require_full_attention(model)
+    require_full_attention(model.config)
     own = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]
     block_size = config.block_size or getattr(own, "bd_size", None)
+    if block_size and getattr(own, "bd_size", None) not in (None, block_size):
+        warn_of_block_size(own.bd_size, block_size)
     mask_token_id = config.mask_token_id
     if mask_token_id is None:
         mask_token_id = getattr(own, "mask_token_id", None)
@@ -140,4 +143,13 @@ def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> De
         stops = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     return replace(
         config, max_new_tokens=max_new_tokens, block_size=block_size, mask_token_id=mask_token_id, stop_token_ids=stops
+    )
+
+
+def warn_of_block_size(own: int, asked: int | None) -> None:
+    """A model decodes best in the blocks it was trained with."""
+    warnings.warn(
+        f"block_size={asked}, but the checkpoint was trained with {own}: a mismatch costs accuracy "
+        "(Fast-dLLM v2, table 4); keep its own, and change sub_block_size instead",
+        stacklevel=4,
     )

@@ -12,8 +12,9 @@ from parablock.config import DecodeConfig
 def propose(logits_RSV: Tensor, uniform_RS: Tensor | None, config: DecodeConfig) -> tuple[Tensor, Tensor]:
     """A token for every position and its confidence: the probability it has under the decoding distribution.
 
-    Greedy (`temperature=0`): the most probable token. Otherwise a sample of softmax(logits / temperature) cut to its
-    `top_p` nucleus and renormalised, drawn by inverse transform from `uniform_RS` in [0, 1).
+    Greedy (`temperature=0`): the most probable token. Otherwise a sample of softmax(logits / temperature), cut to its
+    `top_k` most probable tokens, then to their `top_p` nucleus, and renormalised; drawn by inverse transform from
+    `uniform_RS` in [0, 1).
 
     Returns `tokens_RS` and `confidence_RS` (float32).
     """
@@ -22,8 +23,11 @@ def propose(logits_RSV: Tensor, uniform_RS: Tensor | None, config: DecodeConfig)
         return tokens, confidence
     assert uniform_RS is not None
     probability, order = torch.softmax(logits_RSV.float() / config.temperature, -1).sort(-1, descending=True)
+    if config.top_k is not None:
+        probability[..., config.top_k :] = 0.0
     cumulative = probability.cumsum(-1)
-    nucleus = cumulative - probability < config.top_p  # the most probable token always belongs to it
+    # the most probable token always belongs to it
+    nucleus = cumulative - probability < config.top_p * cumulative[..., -1:]
     probability = probability * nucleus
     cumulative = probability.cumsum(-1)
     total = cumulative[..., -1:]

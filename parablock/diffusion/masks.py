@@ -13,8 +13,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from parablock.config import Model
-
 CLEAN, NOISY, COMPLEMENT = 0, 1, 2  # the streams
 
 BLOCK_ATTENTION = "parablock_block"  # the name under which transformers finds `block_attention`
@@ -164,13 +162,20 @@ def block_attention(
     return result.reshape(1, units * size, heads, width), None
 
 
-def require_full_attention(model: Model) -> None:
-    """ValueError for a model with layers that our masks and cache would silently get wrong (sliding, linear ...)."""
-    others = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+def require_full_attention(config: Any) -> None:
+    """ValueError for a model (its config) that our masks and cache would silently get wrong (sliding, linear ...)."""
+    layers = getattr(config, "layer_types", None)
+    others = set(layers or ()) - {"full_attention"}
     if others:
         raise ValueError(
-            f"{type(model).__name__} has layers of type {', '.join(sorted(others))}; block diffusion needs "
-            "full attention in every layer"
+            f"a {config.model_type} model with layers of type {', '.join(sorted(others))} is not supported; "
+            "block diffusion needs full attention in every layer"
+        )
+    window = None if layers else getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise ValueError(
+            f"a {config.model_type} model with sliding_window={window} is not supported; in its config.json set "
+            f"sliding_window to null and max_position_embeddings to {window} (up to there it changes nothing)"
         )
 
 

@@ -79,7 +79,7 @@ def diffusion_loss(
 def _check(
     model: Model, input_ids: Tensor, labels: Tensor, noise_mask: Tensor, block_size: int, mask_token_id: int
 ) -> None:
-    require_full_attention(model)
+    require_full_attention(model.config)
     if not input_ids.shape == labels.shape == noise_mask.shape or input_ids.ndim != 2:
         shapes = [tuple(x.shape) for x in (input_ids, labels, noise_mask)]
         raise ValueError(f"input_ids, labels and noise_mask must share one shape [B, L], got {shapes}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from parablock.config import Model, TrainConfig, require_library
+from parablock.config import Model, TrainConfig
 from parablock.data.chat import Sample
 from parablock.diffusion.objective import diffusion_loss
 from parablock.training.optimizer import build_optimizer
@@ -53,7 +53,6 @@ def train(
     Raises:
         ValueError: no mask or padding token, no samples, or checkpoints in `output_dir` without `resume`.
     """
-    require_library("accelerate", "train")
     saved = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     if saved and not resume:
         raise ValueError(f"{str(output_dir)!r} holds checkpoints; pass resume=True to continue, or name another folder")

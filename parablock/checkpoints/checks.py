@@ -1,0 +1,95 @@
+"""What can be told about a checkpoint before its weights are read: every refusal says what is wrong and what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from parablock.diffusion.masks import require_full_attention
+
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def check_directory(path: Path) -> None:
+    """A config, and safetensors weights that are all there and open.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{str(path)!r} has no config.json; point to a checkpoint in transformers' layout")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{str(path)!r} holds pickled weights ({pickles[0]}), which can run code when they are opened and are "
+                "never read here; if you trust them, convert them once with transformers: "
+                "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+            )
+        raise ValueError(f"{str(path)!r} has no .safetensors weights; download or copy the whole checkpoint")
+    if (path / INDEX).is_file():
+        shards = set(read_json(path / INDEX).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (path / shard).is_file())
+        if missing:
+            raise ValueError(
+                f"{str(path)!r} lacks {len(missing)} of the {len(shards)} weight files that its index names "
+                f"(first: {missing[0]}); download or copy them, too"
+            )
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is truncated or damaged ({error}); download or copy it again") from error
+
+
+def check_architecture(config: Any, name: str) -> None:
+    """A decoder-only language model with full attention.
+
+    Raises:
+        ValueError: an encoder, an encoder-decoder, or layers that block diffusion cannot run.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    # transformers loads BERT as a causal model, too, but it was not trained as one
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind == "Fast_dLLM_Qwen"
+    if config.is_encoder_decoder or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or not known:
+        raise ValueError(f"{name} is a {kind} model, not a decoder-only language model; use an autoregressive one")
+    require_full_attention(config)
+
+
+def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
+    """Every tensor of the model came from the checkpoint, in its shape; `info` is transformers' loading report.
+
+    Raises:
+        ValueError: tensors that do not fit, or that are not in the checkpoint (transformers would leave them random).
+    """
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        key, found, wanted = mismatched[0]
+        raise ValueError(
+            f"{name}: {len(mismatched)} tensors do not have the shapes that config.json asks for (first: {key} is "
+            f"{list(found)}, expected {list(wanted)}); config and weights must belong together"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} tensors of a {type(model).__name__} are not in the checkpoint (first: "
+            f"{missing[0]}); copy all its weight files, or correct config.json"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file; ValueError if it is not one."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); download or copy it again") from error
+    return content

@@ -1,0 +1,112 @@
+"""Write a block-diffusion checkpoint for others: as a stock one, in the published layout, or with its decoder in it."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from parablock.checkpoints.save import new_directory
+from parablock.checkpoints.standalone import CLASS, MODULE, write_code
+from parablock.config import Model
+
+Layout = Literal["stock", "official", "standalone"]
+OFFICIAL = "Fast_dLLM_Qwen"
+
+
+def export(model: Model, tokenizer: Any, path: str | Path, layout: Layout = "stock") -> None:
+    """Write model and tokenizer to the new directory `path`, whole or not at all.
+
+    Layouts:
+        stock: the architecture's own files, with `bd_size` and `mask_token_id` in the config. What parablock works
+            with; everything else sees an ordinary checkpoint.
+        official: the layout of the published Fast-dLLM v2 checkpoints (`Fast_dLLM_QwenForCausalLM`), for engines that
+            read it. Qwen2 architectures only.
+        standalone: the stock layout and parablock's decoder as remote code, so that `generate` decodes by block
+            diffusion where parablock is not installed (`trust_remote_code=True`). Without that consent it is stock.
+
+    Weights keep their dtype, bit for bit. LoRA adapters (a `PeftModel`) are merged into a copy.
+
+    Raises:
+        ValueError: an unknown layout, one that does not fit the model, no block size or mask token, or `path` is taken.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r} is unknown; use {', '.join(get_args(Layout))}")
+    model = _merged(model)
+    config = model.config
+    for name in ("bd_size", "mask_token_id"):
+        if getattr(config, name, None) is None:
+            raise ValueError(f"the model's config has no {name}; adapt it first, or load it with parablock.load")
+    if layout == "official" and config.model_type not in ("qwen2", OFFICIAL):
+        raise ValueError(f"a {config.model_type} model has no official layout (Qwen2 only); use stock or standalone")
+    with new_directory(path) as whole:
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        written = _official_config(config) if layout == "official" else _stock_config(config)
+        if layout == "standalone":
+            written["auto_map"] = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
+            write_code(whole, written["architectures"][0])
+        (whole / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        (whole / "README.md").write_text(_card(layout, config))
+
+
+def _merged(model: Model) -> Model:
+    """A stock model: LoRA weights added to those they adapt."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model carries an adapter of its own; load the adapter's directory with parablock.load")
+    if hasattr(model, "merge_and_unload"):
+        return copy.deepcopy(model).merge_and_unload()
+    return model
+
+
+def _stock_config(config: Any) -> dict[str, Any]:
+    """`config.json` of the architecture itself, with the two fields of block diffusion and no code."""
+    written: dict[str, Any] = json.loads(config.to_json_string())
+    if config.model_type == OFFICIAL:
+        written |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    written.pop("auto_map", None)
+    return written | {"bd_size": config.bd_size, "mask_token_id": config.mask_token_id}
+
+
+def _official_config(config: Any) -> dict[str, Any]:
+    """As published, in the words of transformers 4, which the engines that read this layout use."""
+    written = _stock_config(config) | {"model_type": OFFICIAL, "architectures": [f"{OFFICIAL}ForCausalLM"]}
+    rope = written.pop("rope_parameters")
+    written["rope_theta"] = rope.pop("rope_theta")
+    written["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    written["torch_dtype"] = written.pop("dtype")
+    return written
+
+
+USAGE = {
+    "stock": """```python
+import parablock as pb
+
+model, tokenizer = pb.load("THIS_DIRECTORY")
+out = pb.generate(model, prompt_ids, pb.DecodeConfig(threshold=0.9))
+```""",
+    "official": """```python
+import parablock  # or an engine that knows Fast_dLLM_QwenForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
+ids = model.generate(prompt_ids, max_new_tokens=512, small_block_size=8, threshold=0.9)
+```""",
+    "standalone": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)
+ids = model.generate(prompt_ids, max_new_tokens=512, threshold=0.9, sub_block_size=8)
+```
+
+The Python files are parablock's decoder (Apache-2.0); transformers 5.17 or newer runs it.""",
+}
+
+
+def _card(layout: Layout, config: Any) -> str:
+    return f"""# A block-diffusion language model
+
+Decodes several tokens per forward (block size {config.bd_size}, mask token {config.mask_token_id}). Made with
+parablock, layout `{layout}`.
+
+{USAGE[layout]}
+"""
