@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
+from conftest import plain_decode, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 import parablock as pb
 from parablock.decoding.unmasking import propose, reveal, uniform
-from parablock.diffusion.masks import block_causal_mask
 
 D, S, MASK, STOP = 8, 4, 63, 62
 BASE = pb.DecodeConfig(sub_block_size=S, max_new_tokens=24, threshold=0.5, stop_token_ids=())
@@ -21,38 +20,6 @@ BASE = pb.DecodeConfig(sub_block_size=S, max_new_tokens=24, threshold=0.5, stop_
 
 def prompt(seed: int, length: int) -> list[int]:
     return torch.randint(0, 60, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def plain_decode(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[int]:
-    """Block diffusion with no cache at all, straight from the definition; greedy, threshold, no sub-block cache."""
-    end = len(ids) + config.max_new_tokens
-    known = list(ids)
-
-    def logits(tokens: list[int]) -> torch.Tensor:
-        mask = torch.zeros(len(tokens), len(tokens)).masked_fill(~block_causal_mask(len(tokens), D), -1e30)
-        with torch.no_grad():
-            out = model(torch.tensor([tokens]), attention_mask=mask[None, None]).logits[0]
-        out[:, MASK] = -torch.inf
-        return out.softmax(-1)
-
-    while len(known) < end:
-        if len(known) % D == 0:
-            known.append(int(logits(known)[-1].argmax()))
-        start = len(known) // D * D if len(known) % D else len(known) - D
-        block: list[int | None] = [*known[start:], *[None] * (start + D - len(known))]
-        for sub in range(0, D, S):
-            while None in block[sub : sub + S]:
-                p = logits(known[:start] + [MASK if t is None else t for t in block])
-                best = {
-                    i: (p[start + i - 1].max().item(), int(p[start + i - 1].argmax()))
-                    for i in range(sub, sub + S) if block[i] is None
-                }  # fmt: skip
-                top = max(best, key=lambda i: best[i][0])
-                for i, (c, token) in best.items():
-                    if c > config.threshold or i == top:
-                        block[i] = token
-        known = known[:start] + [t for t in block if t is not None]
-    return known[len(ids) : end]
 
 
 def test_golden_generations(golden_model: Any, golden_generations: list[dict[str, Any]]) -> None:

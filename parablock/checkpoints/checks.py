@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from parablock.diffusion.masks import require_full_attention
+from parablock.diffusion.support import require_full_attention, require_open_attention
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -52,24 +52,23 @@ def check_architecture(config: Any, name: str) -> None:
     Raises:
         ValueError: an encoder, an encoder-decoder, or layers that block diffusion cannot run.
     """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    kind = config.model_type
+    kind = type(config)
     # transformers loads BERT as a causal model, too, but it was not trained as one
-    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind == "Fast_dLLM_Qwen"
-    if config.is_encoder_decoder or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or not known:
-        raise ValueError(f"{name} is a {kind} model, not a decoder-only language model; use an autoregressive one")
+    if config.is_encoder_decoder or kind in MODEL_FOR_MASKED_LM_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name} is a {config.model_type} model, not a decoder-only language model; use an autoregressive one"
+        )
     require_full_attention(config)
 
 
 def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
-    """Every tensor of the model came from the checkpoint, in its shape; `info` is transformers' loading report.
+    """Every tensor came from the checkpoint, in its shape (`info` is transformers' report); masks reach the attention.
 
     Raises:
-        ValueError: tensors that do not fit, or that are not in the checkpoint (transformers would leave them random).
+        ValueError: tensors that do not fit, or that are not in the checkpoint (transformers would leave them random),
+            or an attention that block diffusion cannot use.
     """
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
@@ -84,6 +83,7 @@ def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
             f"{name}: {len(missing)} tensors of a {type(model).__name__} are not in the checkpoint (first: "
             f"{missing[0]}); copy all its weight files, or correct config.json"
         )
+    require_open_attention(model)
 
 
 def read_json(path: Path) -> dict[str, Any]:

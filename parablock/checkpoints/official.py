@@ -27,7 +27,7 @@ class Fast_dLLM_QwenConfig(Qwen2Config):  # type: ignore[no-untyped-call]  # noq
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)  # names the published code, which is not run and must not be saved again
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
 
 class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):  # type: ignore[no-untyped-call]  # noqa: N801

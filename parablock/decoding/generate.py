@@ -13,7 +13,7 @@ from parablock.config import DecodeConfig, Model
 from parablock.decoding.autoregressive import decode_autoregressive
 from parablock.decoding.blocks import decode_blocks
 from parablock.decoding.steps import Limits, Step
-from parablock.diffusion.masks import require_full_attention
+from parablock.diffusion.support import require_full_attention, require_open_attention
 
 DEFAULT_NEW_TOKENS = 512
 
@@ -103,6 +103,7 @@ def _rows(input_ids: Prompts) -> list[list[int]]:
 def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:
     """Fill in what the checkpoint decides, and refuse what it cannot do."""
     require_full_attention(model.config)
+    require_open_attention(model)
     own = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]
     block_size = config.block_size or getattr(own, "bd_size", None)

@@ -129,11 +129,15 @@ def block_attention(
 ) -> tuple[Tensor, None]:
     """Attention by structure: no mask, no wasted product. An attention function in transformers' interface.
 
-    `query [1, H, T, d]`, `key` and `value [1, H_kv, T, d]` -> `[1, T, H, d]`. Units of one block number attend
-    together to their clean prefixes and to themselves. Plain products with a softmax between: on CPUs the backward of
-    `scaled_dot_product_attention` was the larger half of a small model's training step.
+    `query [1, H, T, d]`, `key [1, H_kv, T, d]`, `value [1, H_kv, T, e]` -> `[1, T, H, e]`. Units of one block number
+    attend together to their clean prefixes and to themselves. Plain products, a softmax between: on CPUs the backward
+    of `scaled_dot_product_attention` was the larger half of a small model's training step.
     """
-    assert block_layout is not None, "block_attention needs the step's block_layout"
+    if block_layout is None:
+        raise ValueError(f"{type(module).__name__} was not handed the block_layout; use attention='dense'")
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} attends with {name}, which block diffusion does not support")
     size, heads, kv_heads, width = block_layout.block_size, query.shape[1], key.shape[1], query.shape[-1]
     units, share = query.shape[2] // size, heads // kv_heads
     scale = width**-0.5 if scaling is None else scaling
@@ -141,7 +145,7 @@ def block_attention(
     q = (query * scale).view(kv_heads, share, units, size, width).permute(2, 0, 1, 3, 4)
     q = q.reshape(units, kv_heads, share * size, width)
     k = key.view(kv_heads, units, size, width).transpose(0, 1).contiguous()
-    v = value.view(kv_heads, units, size, width).transpose(0, 1).contiguous()
+    v = value.view(kv_heads, units, size, value.shape[-1]).transpose(0, 1).contiguous()
     out = []
     for start, end, before in block_layout.groups:
         own_k, own_v = k[start:end], v[start:end]
@@ -150,33 +154,16 @@ def block_attention(
             index = before.flatten()
 
             def prefix(x: Tensor, index: Tensor = index, count: int = count, blocks: int = blocks) -> Tensor:
-                x = x.index_select(0, index).view(count, blocks, kv_heads, size, width)
-                return x.transpose(1, 2).reshape(count, kv_heads, blocks * size, width)
+                x = x.index_select(0, index).view(count, blocks, kv_heads, size, -1)
+                return x.transpose(1, 2).reshape(count, kv_heads, blocks * size, -1)
 
             own_k, own_v = torch.cat([prefix(k), own_k], 2), torch.cat([prefix(v), own_v], 2)
         weights = torch.softmax(q[start:end] @ own_k.mT, dim=-1, dtype=torch.float32).to(own_v.dtype)
         if dropout and module.training:
             weights = nn.functional.dropout(weights, dropout)
         out.append(weights @ own_v)
-    result = torch.cat(out).view(units, kv_heads, share, size, width).permute(0, 3, 1, 2, 4)
-    return result.reshape(1, units * size, heads, width), None
-
-
-def require_full_attention(config: Any) -> None:
-    """ValueError for a model (its config) that our masks and cache would silently get wrong (sliding, linear ...)."""
-    layers = getattr(config, "layer_types", None)
-    others = set(layers or ()) - {"full_attention"}
-    if others:
-        raise ValueError(
-            f"a {config.model_type} model with layers of type {', '.join(sorted(others))} is not supported; "
-            "block diffusion needs full attention in every layer"
-        )
-    window = None if layers else getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        raise ValueError(
-            f"a {config.model_type} model with sliding_window={window} is not supported; in its config.json set "
-            f"sliding_window to null and max_position_embeddings to {window} (up to there it changes nothing)"
-        )
+    result = torch.cat(out).view(units, kv_heads, share, size, -1).permute(0, 3, 1, 2, 4)
+    return result.reshape(1, units * size, heads, -1), None
 
 
 def register_block_attention() -> str:

@@ -7,7 +7,6 @@ positions only, in chunks. The loss is the same number.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,19 +15,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from parablock.config import Model
-from parablock.diffusion.masks import (
-    CLEAN,
-    BlockLayout,
-    block_layout,
-    register_block_attention,
-    require_full_attention,
-)
+from parablock.diffusion.masks import CLEAN, BlockLayout, block_layout, register_block_attention
 from parablock.diffusion.noise import complementary_views
+from parablock.diffusion.support import attention as using_attention
+from parablock.diffusion.support import require_full_attention
 
 Attention = Literal["block", "flex", "dense"]
 
 MAX_LOGITS = 2**26  # how many logits the head makes at a time
-UNSUPPORTED_HEADS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
 
 def diffusion_loss(
@@ -56,13 +50,14 @@ def diffusion_loss(
             (pass the whole accumulated batch's count when accumulating gradients).
         attention: "block" (by structure: plain products, any device), "flex" (flex attention with a block mask; CUDA)
             or "dense" (one quadratic mask and the model's own attention: the reference). Default: "flex" on CUDA,
-            else "block", and "dense" wherever gradient checkpointing re-runs layers outside this call.
+            else "block", and "dense" where gradient checkpointing re-runs layers outside this call or the
+            architecture cannot do the others.
 
     Returns:
         A scalar, float32: the mean cross-entropy in nats.
 
     Raises:
-        ValueError: shapes that do not fit, or a model whose head scales its logits.
+        ValueError: shapes that do not fit, or a model whose layers are not all full attention.
     """
     _check(model, input_ids, labels, noise_mask, block_size, mask_token_id)
     first, second = complementary_views(noise_mask, labels)
@@ -72,7 +67,7 @@ def diffusion_loss(
     views = torch.stack([input_ids, *(input_ids.masked_fill(v, mask_token_id) for v in (first, second))])
     hidden = _hidden_states(model, layout.gather(views), layout, attention)
     sources, targets = _shifted_targets(layout, torch.stack([first, second]), input_ids)
-    total = _summed_cross_entropy(model.get_output_embeddings(), hidden.index_select(0, sources), targets)
+    total = _summed_cross_entropy(model, hidden.index_select(0, sources), targets)
     return total / (targets.numel() if num_items is None else num_items)
 
 
@@ -88,10 +83,6 @@ def _check(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not 0 <= mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {vocabulary} tokens")
-    for name, neutral in UNSUPPORTED_HEADS.items():
-        value = getattr(model.config, name, neutral)
-        if value not in (neutral, None):
-            raise ValueError(f"the model's head applies {name}={value}, which the diffusion loss does not support yet")
 
 
 def _hidden_states(model: Model, ids: Tensor, layout: BlockLayout, attention: Attention | None) -> Tensor:
@@ -100,15 +91,17 @@ def _hidden_states(model: Model, ids: Tensor, layout: BlockLayout, attention: At
         # flags set by gradient_checkpointing_enable, whatever this version of transformers calls it
         if model.training and any(m.gradient_checkpointing for m in _checkpointed_modules(model)):
             attention = "dense"
+        elif ids.device.type == "cuda":
+            attention = "flex" if model._supports_flex_attn else "dense"
         else:
-            attention = "flex" if ids.device.type == "cuda" else "block"
+            attention = "block"
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": layout.positions(), "use_cache": False}
     decoder = model.get_decoder()
     if attention == "block":
-        with _attention(model, register_block_attention()):
+        with using_attention(model, register_block_attention()):
             output = decoder(**inputs, block_layout=layout)
     elif attention == "flex":
-        with _attention(model, "flex_attention"):
+        with using_attention(model, "flex_attention"):
             output = decoder(**inputs, attention_mask=layout.flex_mask())
     else:
         # additive: every attention of transformers agrees on it ("eager" misreads a bool mask)
@@ -121,19 +114,6 @@ def _hidden_states(model: Model, ids: Tensor, layout: BlockLayout, attention: At
 
 def _checkpointed_modules(model: Model) -> Iterator[Any]:
     return (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
-
-
-@contextmanager
-def _attention(model: Model, name: str) -> Iterator[None]:
-    """Let the model use another attention function of transformers' interface, for this call."""
-    before = model.config._attn_implementation
-    if before != name:
-        model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        if before != name:
-            model.set_attn_implementation(before)
 
 
 def _shifted_targets(layout: BlockLayout, masked: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,13 +129,26 @@ def _shifted_targets(layout: BlockLayout, masked: Tensor, input_ids: Tensor) -> 
     return unit * layout.block_size + column % layout.block_size, input_ids[row, column + 1]
 
 
-def _summed_cross_entropy(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _logits(model: Model, hidden: Tensor) -> Tensor:
+    """What the model's own forward makes of `hidden [M, hidden]`: its head, and what its architecture does after it."""
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    config = model.config
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _summed_cross_entropy(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy summed over `hidden [M, hidden]`; with large vocabularies chunk by chunk, logits recomputed."""
 
     def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).float(), t, reduction="sum")
+        return F.cross_entropy(_logits(model, h), t, reduction="sum")
 
-    size = max(1, MAX_LOGITS // head.weight.shape[0])
+    size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
     if len(targets) <= size:
         return chunk_loss(hidden, targets)
     parts = [
