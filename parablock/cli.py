@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -77,6 +78,18 @@ def _decode_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _load(model: str, config: DecodeConfig) -> tuple[Any, Any]:
+    """A model to decode with as `config` says: block diffusion with one that was never adapted is refused."""
+    from parablock.checkpoints.load import NotAdaptedWarning, load
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if config.mode == "diffusion" else "ignore", NotAdaptedWarning)
+        try:
+            return load(model)
+        except NotAdaptedWarning as warning:
+            raise ValueError(str(warning).replace("mode='", "--mode ").replace("ressive'", "ressive")) from None
+
+
 @app.command()
 @_decode_options
 def generate(
@@ -93,11 +106,10 @@ def generate(
     assert text is not None
     if not text.strip():
         raise ValueError("the prompt is empty; pass it as an argument or on stdin")
-    from parablock.checkpoints.load import load
     from parablock.data.chat import encode_prompt
     from parablock.decoding.generate import generate as decode
 
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = _load(model, config)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(text)["input_ids"]
     else:
@@ -131,9 +143,9 @@ def chat(
     from rich.console import Console
 
     from parablock.app.terminal import chat as converse
-    from parablock.checkpoints.load import BUNDLED_MODELS, load
+    from parablock.checkpoints.load import BUNDLED_MODELS
 
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = _load(model, config)
     keep = model not in BUNDLED_MODELS if history is None else history
     converse(loaded, tokenizer, config, Console(highlight=False), history=keep)
 
@@ -157,6 +169,30 @@ def demo(
     run_demo(DemoConfig(seed, count, minutes, folder, report), Console(highlight=False))
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint or LoRA adapter: directory, hub id, 'bundled'.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new directory.")],
+    layout: Annotated[
+        str,
+        typer.Option(help="'stock' (the architecture's own), 'official' (Fast-dLLM v2) or 'standalone' (with code)."),
+    ] = "stock",
+    block_size: Annotated[int | None, typer.Option(help="For an AR checkpoint: what it will be adapted with.")] = None,
+) -> None:
+    """Write a checkpoint for others: stock, in the official Fast-dLLM v2 layout, or with its decoder in it."""
+    from parablock.checkpoints.export import export as write
+    from parablock.checkpoints.export import require_layout
+    from parablock.checkpoints.load import load
+    from parablock.checkpoints.save import require_new
+
+    known = require_layout(layout)
+    require_new(output)  # wrong arguments are told before anything is loaded
+    loaded, tokenizer = load(model, block_size=block_size, dtype="auto", device="cpu")
+    write(loaded, tokenizer, output, known)
+    size = sum(file.stat().st_size for file in output.rglob("*"))
+    print(f"{output}: layout {layout}, {size / 1e6:.1f} MB; its README.md says how to use it")
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
@@ -172,6 +208,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = lambda message, *_: print(f"parablock: warning: {message}", file=sys.stderr)
     try:
         app(standalone_mode=True)
     except (ValueError, OSError) as error:

@@ -2,14 +2,20 @@
 
 import json
 import shutil
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_official
+from safetensors.torch import load_file
+from test_architectures import SHAPE, write_ar_checkpoint
+from transformers import AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.load import BUNDLED, NotAdaptedWarning
 
 
 def test_round_trip_keeps_weights_tokens_and_fields(tmp_path: Path) -> None:
@@ -27,7 +33,9 @@ def test_round_trip_keeps_weights_tokens_and_fields(tmp_path: Path) -> None:
 
 def test_bundled_models_are_stock_and_small() -> None:
     for name in ("bundled", "bundled-ar"):
-        model, tokenizer = pb.load(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotAdaptedWarning)
+            model, tokenizer = pb.load(name)
         assert type(model).__module__ == "transformers.models.qwen2.modeling_qwen2"
         assert model.dtype == torch.float32
         assert not model.training
@@ -84,8 +92,139 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_mask_token_decodes_autoregressively_only() -> None:
-    model, _ = pb.load("bundled-ar")
+    with pytest.warns(NotAdaptedWarning):
+        model, _ = pb.load("bundled-ar")
     del model.config.mask_token_id
     with pytest.raises(ValueError, match="names no mask token"):
         pb.generate(model, [1, 2, 3])
     assert pb.generate(model, [1, 2, 3], pb.DecodeConfig(mode="autoregressive", max_new_tokens=4)).tokens
+
+
+def ar_checkpoint(path: Path, rows: int, **changes: Any) -> Path:
+    """A random Qwen2 AR checkpoint with a tokenizer of 604 tokens, none of them a mask token."""
+    write_ar_checkpoint(path, "qwen2", {**SHAPE, "vocab_size": rows, **changes})
+    return path
+
+
+def test_an_unused_row_becomes_the_mask_token(tmp_path: Path) -> None:
+    path = ar_checkpoint(tmp_path / "ar", 640)
+    with pytest.warns(
+        UserWarning, match=r"\(id 604, an unused row of the embeddings\), block size 32.*mode='autoregressive'"
+    ):
+        model, tokenizer = pb.load(path)
+    assert (tokenizer.mask_token, tokenizer.mask_token_id, model.config.mask_token_id) == ("|<MASK>|", 604, 604)
+    assert (model.config.bd_size, model.config.vocab_size) == (32, 640)
+    before = load_file(path / "model.safetensors")
+    for name, p in model.named_parameters():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            torch.testing.assert_close(p[604], before[name][:604].mean(0))
+            assert torch.equal(torch.cat([p[:604], p[605:]]), torch.cat([before[name][:604], before[name][605:]]))
+        else:
+            assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_row_becomes_the_mask_token(tmp_path: Path, tied: bool) -> None:
+    path = ar_checkpoint(tmp_path / "ar", 604, tie_word_embeddings=tied)
+    with pytest.warns(UserWarning, match=r"\(id 604, a new row: the embeddings grew from 604 to 640\), block size 16"):
+        model, tokenizer = pb.load(path, block_size=16)
+    assert (model.config.mask_token_id, model.config.bd_size, model.config.vocab_size) == (604, 16, 640)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (embedding is head) is tied
+    for matrix in (embedding, head):
+        torch.testing.assert_close(matrix[604:], matrix[:604].mean(0).expand(36, -1))
+    pb.save(model, tokenizer, tmp_path / "ready")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is prepared: nothing to say any more
+        again, tokenizer_again = pb.load(tmp_path / "ready")
+    assert torch.equal(again.get_input_embeddings().weight, embedding)
+    assert (again.config.bd_size, again.config.mask_token_id, tokenizer_again.mask_token_id) == (16, 604, 604)
+
+
+def test_a_mask_token_that_the_tokenizer_has_is_kept(tmp_path: Path) -> None:
+    model = write_ar_checkpoint(tmp_path / "ar", "qwen2", {**SHAPE, "vocab_size": 640})
+    AutoTokenizer.from_pretrained(BUNDLED / "diffusion").save_pretrained(tmp_path / "ar")
+    with pytest.warns(UserWarning, match=r"\(id 3, which the tokenizer had\)"):
+        loaded, _ = pb.load(tmp_path / "ar")
+    assert loaded.config.mask_token_id == 3
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_qwen_checkpoint_gets_the_published_mask_token(tmp_path: Path) -> None:
+    """The tokenizer of Qwen2.5 has 151,665 tokens, its embedding more rows: the same id as Fast-dLLM v2."""
+    path = write_official(tmp_path / "qwen")
+    config = json.loads((path / "config.json").read_text())
+    for name in ("auto_map", "bd_size"):
+        del config[name]
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (path / "config.json").write_text(json.dumps(config))
+    for name in ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"):
+        content = json.loads((path / name).read_text())
+        content.pop("|<MASK>|", None)
+        content.pop("additional_special_tokens", None)
+        content.get("added_tokens_decoder", {}).pop("151665", None)
+        (path / name).write_text(json.dumps(content, ensure_ascii=False))
+    assert AutoTokenizer.from_pretrained(path).convert_tokens_to_ids("|<MASK>|") is None
+    with pytest.warns(UserWarning, match=r"\(id \d+, an unused row of the embeddings\)"):
+        model, tokenizer = pb.load(path)
+    assert tokenizer.mask_token == "|<MASK>|"
+    assert model.config.mask_token_id == tokenizer.mask_token_id
+    assert tokenizer("<|im_end|>|<MASK>|")["input_ids"] == [151645, tokenizer.mask_token_id]
+
+
+def test_another_block_size_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"block_size=16, but the checkpoint was trained with 32.*costs accuracy"):
+        model, _ = pb.load("bundled", block_size=16)
+    assert model.config.bd_size == 16
+
+
+def test_wrong_shapes_and_missing_tensors_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(BUNDLED / "diffusion", path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] + 8}))
+    with pytest.raises(ValueError, match=r"tensors do not have the shapes.*first: model\.layers\.0\.mlp.*expected"):
+        pb.load(path)
+    longer = {"num_hidden_layers": 7, "layer_types": ["full_attention"] * 7}
+    (path / "config.json").write_text(json.dumps({**config, **longer}))
+    with pytest.raises(ValueError, match=r"are not in the checkpoint \(first: model\.layers\.\d+\."):
+        pb.load(path)
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    with pytest.raises(ValueError, match=r"could not be loaded \(.*`num_hidden_layers` \(7\) must be equal"):
+        pb.load(path)
+    (path / "config.json").write_text("{ not json")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        pb.load(path)
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(BUNDLED / "diffusion", path)
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "TRACE").encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model\.bin\).*if you trust them, convert"):
+        pb.load(path)
+    assert not (tmp_path / "TRACE").exists()
+
+
+def test_dtype_and_device_map() -> None:
+    assert pb.load("bundled", dtype="auto")[0].dtype == torch.bfloat16
+    assert pb.load("bundled", dtype="float16")[0].dtype == torch.float16
+    model, _ = pb.load("bundled", device_map={"": "cpu"})
+    assert {str(p.device) for p in model.parameters()} == {"cpu"}
+    assert model.dtype == torch.bfloat16
+    model, tokenizer = pb.load("bundled", device_map="auto", dtype=torch.float32)
+    ids = tokenizer("4+7=")["input_ids"]
+    config = pb.DecodeConfig(max_new_tokens=10)
+    assert pb.generate(model, ids, config).tokens == pb.generate(pb.load("bundled")[0], ids, config).tokens
+    with pytest.raises(ValueError, match="exclude each other"):
+        pb.load("bundled", device="cpu", device_map="auto")
+
+
+def test_quantisation_without_its_library_is_one_line() -> None:
+    if find_spec("torchao") is not None:
+        pytest.skip("torchao is installed")
+    from transformers import QuantoConfig
+
+    with pytest.raises(ValueError, match="bundled could not be loaded"):
+        pb.load("bundled", quantization_config=QuantoConfig(weights="int8"))

@@ -71,7 +71,7 @@ def test_generate_json_and_modes() -> None:
         (["generate", "--threshold", "1.5", "hi"], "threshold=1.5"),
         (["generate", "--sub-block-size", "5", "hi"], "sub_block_size=5"),
         (["generate", "--mode", "fast", "hi"], "mode='fast'"),
-        (["generate", "--model", "bundled-ar", "hi"], "the checkpoint names no block size"),
+        (["generate", "--model", "bundled-ar", "hi"], "bundled-ar is an AR checkpoint"),
         (["generate", "--model", "./nothing", "hi"], "there is no checkpoint directory at './nothing'"),
         (["generate", "word " * 2000], "exceed the model's context of 512 tokens"),
         (["generate", "--max-new-tokens", "600", "hi"], "max_new_tokens=600"),

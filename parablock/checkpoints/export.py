@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from parablock.checkpoints.save import new_directory
 from parablock.checkpoints.standalone import CLASS, MODULE, write_code
@@ -29,8 +29,7 @@ def export(model: Model, tokenizer: Any, path: str | Path, layout: Layout = "sto
     Raises:
         ValueError: an unknown layout, one that does not fit the model, no block size or mask token, or `path` is taken.
     """
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout={layout!r} is unknown; use {', '.join(get_args(Layout))}")
+    require_layout(layout)
     model = _merged(model)
     config = model.config
     for name in ("bd_size", "mask_token_id"):
@@ -47,6 +46,13 @@ def export(model: Model, tokenizer: Any, path: str | Path, layout: Layout = "sto
             write_code(whole, written["architectures"][0])
         (whole / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         (whole / "README.md").write_text(_card(layout, config))
+
+
+def require_layout(name: str) -> Layout:
+    """The layout of that name; ValueError if there is none."""
+    if name not in get_args(Layout):
+        raise ValueError(f"layout={name!r} is unknown; use {', '.join(get_args(Layout))}")
+    return cast(Layout, name)
 
 
 def _merged(model: Model) -> Model:

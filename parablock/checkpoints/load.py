@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from parablock.checkpoints.checks import check_architecture, check_directory, check_loaded, read_json
@@ -15,6 +16,10 @@ from parablock.config import Model, require_library
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BUNDLED_MODELS = {"bundled": BUNDLED / "diffusion", "bundled-ar": BUNDLED / "ar"}
 ADAPTER = "adapter_config.json"
+
+
+class NotAdaptedWarning(UserWarning):
+    """An AR checkpoint was loaded: block diffusion would decode nonsense with it."""
 
 
 def load(
@@ -30,9 +35,9 @@ def load(
     """Load a model and its tokenizer as stock transformers objects, ready to decode or to adapt.
 
     Works on a block-diffusion checkpoint (ours, or a published Fast-dLLM v2 one), on any AR decoder (mask token and
-    block size are then added, with a warning that says which: see `mask_token.prepare`), and on a directory with a LoRA
-    adapter (its base is loaded, too). Weights are read from safetensors files straight to their device; code that comes
-    with a checkpoint is never run.
+    block size are then added, with a `NotAdaptedWarning` that says which: see `mask_token.prepare`), and on a directory
+    with a LoRA adapter (its base is loaded, too). Weights are read from safetensors files straight to their device; code
+    that comes with a checkpoint is never run.
 
     Args:
         path_or_id: a directory, a hub id, `"bundled"` (the block-diffusion model that comes with the package) or
@@ -66,11 +71,10 @@ def load(
         source = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
         model, tokenizer = _load_model(target, name, source, options)
         added = prepare(model, tokenizer, block_size)
-        if added and name not in BUNDLED_MODELS:
+        if added:
+            text = f"{name} is an AR checkpoint; prepared for adaptation: {added}"
             warnings.warn(
-                f"{name} is an AR checkpoint; prepared for adaptation: {added}. "
-                "Until it is adapted, decode with mode='autoregressive'",
-                stacklevel=2,
+                NotAdaptedWarning(f"{text}. Until it is adapted, decode with mode='autoregressive'"), stacklevel=2
             )
     return model.eval(), tokenizer
 
@@ -122,8 +126,9 @@ def _in_one_line(name: str) -> Iterator[None]:
     """The first line of what the libraries say, as a ValueError."""
     try:
         yield
-    except (OSError, ImportError, RuntimeError, SafetensorError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ImportError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         raise ValueError(
             f"{name} could not be loaded ({reason}); pass a directory in transformers' layout with "
             "safetensors weights, or an id that is on the hub or in its local cache"

@@ -21,6 +21,12 @@ def save(model: Model, tokenizer: Any, path: str | Path) -> None:
         tokenizer.save_pretrained(whole)
 
 
+def require_new(path: Path) -> None:
+    """ValueError if `path` exists and is not an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} exists and is not empty; name a new directory")
+
+
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A scratch directory beside `path` that takes its place when the block ends without an error.
@@ -29,8 +35,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         ValueError: `path` exists and is not an empty directory.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{str(path)!r} exists and is not empty; name a new directory")
+    require_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
         whole = Path(scratch) / path.name

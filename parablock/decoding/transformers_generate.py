@@ -159,7 +159,7 @@ def _refuse_unsupported(model: Model, processors: Any, criteria: Any, generation
         if name == "RepetitionPenaltyLogitsProcessor" and penalty == model.generation_config.repetition_penalty:
             # the checkpoint's habit, not this caller's wish: Qwen's generation_config.json has one
             warnings.warn(
-                f"repetition_penalty={penalty} of the checkpoint's generation config is not applied", stacklevel=4
+                f"repetition_penalty={penalty} of the checkpoint's generation config is not applied", stacklevel=5
             )
         elif name not in SUPPORTED_PROCESSORS:
             raise ValueError(f"the logits processor {name}: {remedy}")
