@@ -36,8 +36,8 @@ def load(
 
     Works on a block-diffusion checkpoint (ours, or a published Fast-dLLM v2 one), on any AR decoder (mask token and
     block size are then added, with a `NotAdaptedWarning` that says which: see `mask_token.prepare`), and on a directory
-    with a LoRA adapter (its base is loaded, too). Weights are read from safetensors files straight to their device; code
-    that comes with a checkpoint is never run.
+    with a LoRA adapter (its base is loaded, too). Weights are read from safetensors files straight to their device;
+    code that comes with a checkpoint is never run.
 
     Args:
         path_or_id: a directory, a hub id, `"bundled"` (the block-diffusion model that comes with the package) or
