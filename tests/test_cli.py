@@ -77,6 +77,8 @@ def test_generate_json_and_modes() -> None:
         (["generate", "--max-new-tokens", "600", "hi"], "max_new_tokens=600"),
         (["chat", "--temperature", "-1"], "temperature=-1.0"),
         (["demo", "--problems", "0"], "problems=0"),
+        (["export", "bundled", "-o", "new", "--layout", "gguf"], "layout='gguf' is unknown; use stock, official"),
+        (["export", "./nothing", "-o", "new"], "there is no checkpoint directory at './nothing'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(args: list[str], message: str, tmp_path: Path) -> None:
@@ -86,6 +88,18 @@ def test_bad_input_is_one_line_and_status_2(args: list[str], message: str, tmp_p
     assert len(out.stderr.strip().splitlines()) == 1
     assert out.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_export_then_generate(tmp_path: Path) -> None:
+    expected = json.loads(run("generate", "--json", QUESTION).stdout)["tokens"]
+    for layout in ("official", "standalone"):
+        out = run("export", "bundled", "--output", str(tmp_path / layout), "--layout", layout)
+        assert out.returncode == 0, out.stderr
+        assert f"layout {layout}" in out.stdout
+        again = run("generate", "--json", "--model", str(tmp_path / layout), QUESTION)
+        assert (json.loads(again.stdout)["tokens"], again.stderr) == (expected, "")
+    again = run("export", "bundled", "--output", str(tmp_path / "official"))
+    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
 
 
 @pytest.mark.parametrize("args", [["generate", "--speed", "3", "hi"], ["fly"]])

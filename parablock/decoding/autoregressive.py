@@ -10,8 +10,8 @@ import torch
 
 from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
-from parablock.decoding.forward import forward
-from parablock.decoding.steps import Kind, Limits, Rows, Step, draw, to_host
+from parablock.decoding.forward import forward, forward_prompts
+from parablock.decoding.steps import Kind, Limits, Rows, Step, draw, to_host, token_buffer
 
 
 @torch.inference_mode()
@@ -22,20 +22,13 @@ def decode_autoregressive(
     lengths = np.array([len(p) for p in prompts])
     longest = int(lengths.max())
     capacity = longest + limits.max_new_tokens + 1
-    ids = np.zeros((len(prompts), capacity), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
+    ids = token_buffer(prompts, capacity, fill=0)
     state = Rows(ids, np.arange(capacity) >= lengths[:, None], lengths, limits)
     cache = BlockCache(len(prompts), capacity)
     rows = np.arange(len(prompts))
 
-    keep, which = np.unique(lengths - 1, return_inverse=True)
     causal = torch.ones(longest, longest, dtype=torch.bool).tril_()[None, None]
-    logits = forward(
-        model, cache, ids[:, :longest], start_R=np.zeros_like(lengths), visible_R=np.full_like(lengths, longest),
-        mask=causal, keep=keep,
-    )  # fmt: skip
-    logits = logits[torch.arange(len(rows), device=logits.device), torch.from_numpy(which).to(logits.device)][:, None]
+    logits = forward_prompts(model, cache, ids[:, :longest], lengths - 1, causal)
     yield _take(state, logits, lengths, config, seed, "prefill")
 
     next_R = lengths.copy()  # the token each row runs next; a finished row repeats its last one

@@ -17,8 +17,8 @@ import torch
 
 from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
-from parablock.decoding.forward import forward
-from parablock.decoding.steps import Kind, Limits, Rows, Step, draw, to_host
+from parablock.decoding.forward import forward, forward_prompts
+from parablock.decoding.steps import Kind, Limits, Rows, Step, draw, to_host, token_buffer
 from parablock.decoding.unmasking import reveal
 from parablock.diffusion.masks import block_causal_mask
 
@@ -125,11 +125,8 @@ def _start(prompts: list[list[int]], config: DecodeConfig, limits: Limits) -> _B
     assert mask_token_id is not None
     lengths = np.array([len(p) for p in prompts])
     capacity = -(-int(lengths.max() + limits.max_new_tokens) // D) * D + D  # one block to spare: a commit's first token
-    ids = np.full((len(prompts), capacity), mask_token_id, dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
     return _Blocks(
-        ids_RC=ids,
+        ids_RC=token_buffer(prompts, capacity, mask_token_id),
         masked_RC=np.arange(capacity) >= lengths[:, None],
         prompt_R=lengths,
         limits=limits,
@@ -141,26 +138,15 @@ def _start(prompts: list[list[int]], config: DecodeConfig, limits: Limits) -> _B
 def _prefill(model: Model, cache: BlockCache, state: _Blocks, config: DecodeConfig, seed: int) -> Step:
     """All whole blocks of all prompts in one block-causal forward.
 
-    A prompt that ends on a block boundary gets its first new token from the last logits. Shorter rows ride along: what
-    is computed past their own blocks is overwritten before anything can see it.
+    A prompt that ends on a block boundary gets its first new token from the last logits.
     """
     D = config.block_size
     assert D is not None
     length = int(state.start_R.max())
-    last = np.maximum(state.start_R - 1, 0)
-    keep, which = np.unique(last, return_inverse=True)
-    logits = forward(
-        model,
-        cache,
-        state.ids_RC[:, :length],
-        start_R=np.zeros_like(last),
-        visible_R=np.full_like(last, length),
-        mask=None if length == D else block_causal_mask(length, D)[None, None],
-        keep=keep,
-    )
-    logits = logits[torch.arange(len(last), device=logits.device), torch.from_numpy(which).to(logits.device)]
+    mask = None if length == D else block_causal_mask(length, D)[None, None]
+    logits = forward_prompts(model, cache, state.ids_RC[:, :length], np.maximum(state.start_R - 1, 0), mask)
     boundary_R1 = ((state.prompt_R == state.start_R) & (state.start_R > 0))[:, None]
-    tokens, confidence = draw(logits[:, None], state.start_R[:, None], state, config, seed)
+    tokens, confidence = draw(logits, state.start_R[:, None], state, config, seed)
     tokens_R1, confidence_R1 = to_host(tokens, confidence)
     state.reveal(state.start_R[:, None], tokens_R1, boundary_R1)
     return state.step("prefill", state.start_R, D, state.start_R[:, None], confidence_R1, boundary_R1)

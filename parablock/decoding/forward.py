@@ -1,4 +1,4 @@
-"""One call of a stock model over the block cache."""
+"""One call of a stock model over the block cache: a prefill, or whatever the loop asks for."""
 
 from typing import Any
 
@@ -8,6 +8,21 @@ from torch import Tensor
 
 from parablock.config import Model
 from parablock.decoding.cache import BlockCache
+
+
+def forward_prompts(
+    model: Model, cache: BlockCache, ids_RQ: np.ndarray, last_R: np.ndarray, mask: Tensor | None
+) -> Tensor:
+    """Prefill: run `ids_RQ` from position 0 and return the logits `[R, 1, V]` of each row's position `last_R`.
+
+    Shorter rows ride along: what is computed past their own end is overwritten before anything can see it.
+    """
+    rows, length = ids_RQ.shape
+    keep, which = np.unique(last_R, return_inverse=True)
+    start, visible = np.zeros(rows, dtype=np.int64), np.full(rows, length)
+    logits = forward(model, cache, ids_RQ, start_R=start, visible_R=visible, mask=mask, keep=keep)
+    row = torch.arange(rows, device=logits.device)
+    return logits[row, torch.from_numpy(which).to(logits.device)][:, None]
 
 
 def forward(

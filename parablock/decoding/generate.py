@@ -107,8 +107,6 @@ def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> De
     own = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]
     block_size = config.block_size or getattr(own, "bd_size", None)
-    if block_size and getattr(own, "bd_size", None) not in (None, block_size):
-        warn_of_block_size(own.bd_size, block_size)
     mask_token_id = config.mask_token_id
     if mask_token_id is None:
         mask_token_id = getattr(own, "mask_token_id", None)
@@ -124,6 +122,8 @@ def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> De
                 "or decode with mode='autoregressive'"
             )
         config.check_sub_block(block_size)
+        if getattr(own, "bd_size", None) not in (None, block_size):
+            warn_of_block_size(own.bd_size, block_size)
     if mask_token_id is not None and not 0 <= mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {vocabulary} tokens")
     for number, prompt in enumerate(prompts):

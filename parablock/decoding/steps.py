@@ -119,6 +119,14 @@ class Rows:
         )  # fmt: skip
 
 
+def token_buffer(prompts: list[list[int]], capacity: int, fill: int) -> np.ndarray:
+    """The prompts in rows of `capacity` tokens, `fill` after them."""
+    ids_RC = np.full((len(prompts), capacity), fill, dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids_RC[row, : len(prompt)] = prompt
+    return ids_RC
+
+
 def draw(
     logits_RSV: Tensor, target_RS: np.ndarray, state: Rows, config: DecodeConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
