@@ -10,20 +10,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("script", "args"), [("quickstart.py", []), ("adapt.py", ["4"])])
-def test_examples_run(script: str, args: list[str]) -> None:
+EXAMPLES = {"quickstart.py": "####", "adapt.py 4": "tokens per forward", "checkpoints.py": "#### 29"}
+
+
+@pytest.mark.parametrize(("command", "shows"), EXAMPLES.items())
+def test_examples_run(command: str, shows: str) -> None:
+    script, *args = command.split()
     out = subprocess.run(
         [sys.executable, ROOT / "examples" / script, *args], capture_output=True, text=True, timeout=300, check=False
     )
     assert out.returncode == 0, out.stderr
-    assert ("####" if script == "quickstart.py" else "tokens per forward") in out.stdout
+    assert shows in out.stdout
 
 
-def test_the_readme_shows_the_quickstart() -> None:
-    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    script = (ROOT / "examples" / "quickstart.py").read_text()
-    assert shown
-    assert all(line in script for block in shown for line in block.splitlines())
+def test_the_documents_show_lines_of_the_examples() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = [b for d in documents for b in re.findall(r"```python\n(.*?)```", d.read_text(), re.S)]
+    scripts = "".join(path.read_text() for path in (ROOT / "examples").glob("*.py"))
+    assert len(shown) > 3
+    assert all(line in scripts for block in shown for line in block.splitlines())
 
 
 def test_architecture_lists_every_file() -> None:
@@ -35,7 +40,7 @@ def test_architecture_lists_every_file() -> None:
 
 
 def test_rooms_import_only_from_rooms_above() -> None:
-    rooms = ["config", "checkpoints", "data", "diffusion", "training", "decoding", "app", "evals", "bench", "demo"]
+    rooms = ["config", "data", "diffusion", "training", "decoding", "checkpoints", "app", "evals", "bench", "demo"]
     for path in (ROOT / "parablock").rglob("*.py"):
         room = path.relative_to(ROOT / "parablock").parts[0].removesuffix(".py")
         if room not in rooms:
@@ -45,6 +50,6 @@ def test_rooms_import_only_from_rooms_above() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in [*ROOT.glob("*.md"), ROOT / "parablock" / "bundled" / "README.md"]:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "parablock" / "bundled" / "README.md"]:
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / link).exists(), (document.name, link)
