@@ -132,6 +132,20 @@ def test_standalone_works_for_any_architecture(tmp_path: Path) -> None:
         pb.export(model, tokenizer, tmp_path / "official", "official")
 
 
+def test_published_files_become_standalone(official_directory: Path, tmp_path: Path) -> None:
+    """Nothing of parablock is left in them that a stock transformers would look for, the tokenizer included."""
+    model, tokenizer = pb.load(official_directory)
+    pb.export(model, tokenizer, tmp_path / "standalone", "standalone")
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    name, tokens, mask = run_without_parablock(tmp_path / "standalone", [1, 2, 3], arguments, tmp_path)
+    expected = pb.generate(model, [1, 2, 3], pb.DecodeConfig(max_new_tokens=8)).tokens[0]
+    assert (name, tokens, mask) == ("BlockDiffusionForCausalLM", expected, 151665)
+    for layout in ("official", "stock"):
+        pb.export(model, tokenizer, tmp_path / layout, layout)  # type: ignore[arg-type]
+        config = json.loads((tmp_path / layout / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "Qwen2Tokenizer"
+
+
 def test_official_files_round_trip(official_directory: Path, tmp_path: Path) -> None:
     model, tokenizer = pb.load(official_directory)
     pb.export(model, tokenizer, tmp_path / "stock")

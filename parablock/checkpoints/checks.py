@@ -60,6 +60,8 @@ def check_architecture(config: Any, name: str) -> None:
         raise ValueError(
             f"{name} is a {config.model_type} model, not a decoder-only language model; use an autoregressive one"
         )
+    if config.get_text_config() is not config:
+        raise ValueError(f"{name} is a {config.model_type} model of text and more; use a language model of text alone")
     require_full_attention(config)
 
 

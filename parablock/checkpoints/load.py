@@ -55,7 +55,7 @@ def load(
     import torch
 
     name = str(path_or_id)
-    target = str(BUNDLED_MODELS.get(name, path_or_id))
+    target = str(Path(BUNDLED_MODELS.get(name, path_or_id)).expanduser())
     if device is not None and device_map is not None:
         raise ValueError(f"device={device!r} and device_map={device_map!r} exclude each other; pass one")
     if device_map is None:
@@ -85,7 +85,7 @@ def _load_model(target: str, name: str, source: dict[str, Any], options: dict[st
 
     if Path(target).is_dir():
         check_directory(Path(target))
-    elif Path(target).exists() or target.startswith((".", "/", "~")) or target.count("/") > 1:
+    elif Path(target).exists() or target.startswith((".", "/")) or target.count("/") > 1:
         raise ValueError(f"there is no checkpoint directory at {target!r}; check the path")
     with _in_one_line(name):
         config = AutoConfig.from_pretrained(target, **source)

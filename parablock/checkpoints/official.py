@@ -103,10 +103,12 @@ class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):  # type: ignore[no-untyped-ca
 
 
 class Fast_dLLM_QwenTokenizer(Qwen2Tokenizer):  # noqa: N801
-    """Qwen2's tokenizer that knows which of its tokens is the mask token (the published files do not say)."""
+    """Loads Qwen2's tokenizer and tells it which of its tokens is the mask token (the published files do not say)."""
 
-    def __init__(self, *args: Any, mask_token: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, mask_token=mask_token or MASK_TOKEN, **kwargs)
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """A `Qwen2Tokenizer`, which is also what is saved again."""
+        return Qwen2Tokenizer.from_pretrained(*args, **{"mask_token": MASK_TOKEN, **kwargs})
 
 
 AutoModelForCausalLM.register(Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, exist_ok=True)

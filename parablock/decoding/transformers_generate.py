@@ -108,15 +108,12 @@ def generate_ids(
     if streamer is not None:
         streamer.end()
     responses = [step.tokens(row) for row in range(len(rows))]
-    fill = pad_token_id
-    for own in (model.generation_config, model.config):
-        for name in ("pad_token_id", "eos_token_id"):
-            value = getattr(own, name, None)
-            fill = value if fill is None else fill
-    if isinstance(fill, list):
-        fill = fill[0]
+    own = model.generation_config
+    fills = (pad_token_id, own.pad_token_id, model.config.pad_token_id, own.eos_token_id, 0)
+    fill = next(f for f in fills if f is not None)
+    fill = fill[0] if isinstance(fill, list) else fill
     longest = max(len(r) for r in responses)
-    padded = [r + [fill or 0] * (longest - len(r)) for r in responses]
+    padded = [r + [fill] * (longest - len(r)) for r in responses]
     return torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 

@@ -10,7 +10,7 @@ from parablock.config import Model
 
 PROBE = "parablock_probe"
 
-_probed: set[type] = set()  # classes that passed: the answer is the same for every checkpoint of a class
+_probed: set[type] = set()  # architectures that passed: the answer is the same for all their checkpoints
 
 
 def require_full_attention(config: Any) -> None:
@@ -34,9 +34,10 @@ def require_open_attention(model: Model) -> None:
     """ValueError unless a caller's mask and arguments reach the model's attention.
 
     Some architectures build their own mask or drop the arguments on the way; they would decode, and wrongly. One token
-    is run up to the first layer's attention, once per class.
+    is run up to the first layer's attention, once per architecture.
     """
-    if type(model) in _probed:
+    architecture = type(model.get_decoder())
+    if architecture in _probed:
         return
     reached = model._supports_attention_backend
     if reached:
@@ -54,7 +55,7 @@ def require_open_attention(model: Model) -> None:
             f"a {model.config.model_type} model is not supported: a caller's mask does not reach its attention; "
             "docs/architectures.md lists what works"
         )
-    _probed.add(type(model))
+    _probed.add(architecture)
 
 
 @contextmanager
