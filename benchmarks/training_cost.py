@@ -32,9 +32,8 @@ def make_batches(tokenizer: Any, mask_token_id: int, samples: int) -> dict[str, 
     encoded = list(EncodedProblems(tokenizer, seed=0, count=samples))
     batches = {}
     for name, packing, context in (("one sample a row", False, 256), ("packed rows", True, 512)):
-        rows = RowDataset(
-            encoded, block_size=32, context_length=context, pad_token_id=mask_token_id, packing=packing, seed=0
-        )
+        config = pb.TrainConfig(context_length=context, packing=packing, isolate_samples=False)
+        rows = RowDataset(encoded, config, mask_token_id)
         batches[name] = collate([rows[i] for i in range(len(rows))], mask_token_id)
     return batches
 

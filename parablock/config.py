@@ -2,16 +2,22 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Model = Any  # a decoder-only language model of transformers; what its config holds depends on the architecture
 Mode = Literal["diffusion", "autoregressive"]
 Strategy = Literal["threshold", "factor", "fixed"]
+FirstTokenContext = Literal["noisy", "clean"]
 
 
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r} is out of range; {remedy}")
+
+
+def _require_choice(name: str, value: object, choices: Any) -> None:
+    named = [repr(choice) for choice in get_args(choices)]
+    _require(value in get_args(choices), name, value, f"use {', '.join(named[:-1])} or {named[-1]}")
 
 
 def require_library(name: str, extra: str) -> None:
@@ -24,10 +30,20 @@ def require_library(name: str, extra: str) -> None:
 class TrainConfig:
     """How a model is trained (`mode="autoregressive"`) or adapted to block diffusion (`mode="diffusion"`).
 
-    `lr` is AdamW's, `muon_lr` Muon's; both warm up over `warmup_steps`, stay flat, and fall linearly to zero over the
-    last `decay_share` of the steps. `batch_size` counts rows per optimisation step, `micro_batch_size` rows per
-    forward and process. `packing` fills rows of `context_length` tokens with several samples; without it a row is one
-    sample.
+    Steps: `batch_size` counts rows per optimisation step over all processes, `micro_batch_size` rows per forward and
+    process. `lr` is AdamW's, `muon_lr` Muon's; both warm up over `warmup_steps`, then follow `schedule`: "cosine" to
+    zero, or "stable" with a linear fall to zero over the last `decay_share` of the steps.
+
+    Rows: `packing` fills rows of `context_length` tokens with several samples, which see nothing of each other unless
+    `isolate_samples` is off; without packing a row is one sample.
+
+    The objective's switches (Fast-dLLM v2, table 2, and beyond): `block_padding=False` lets samples share blocks,
+    `complementary=False` learns from one noisy view only, `first_token_context` as in `diffusion_loss`, and
+    `ar_loss_weight` adds a weighted autoregressive loss, which keeps the model's other mode alive.
+
+    `gradient_checkpointing` trades time for memory; `fsdp` shards model and optimizer over the processes (FSDP2).
+    `save_every` steps (0: never) a checkpoint to resume from is written, the newest `keep_checkpoints` are kept.
+    `report_to` names Trainer integrations ("tensorboard", "wandb", "trackio").
     """
 
     mode: Mode = "diffusion"
@@ -36,24 +52,37 @@ class TrainConfig:
     micro_batch_size: int = 32
     context_length: int = 2048
     packing: bool = True
+    isolate_samples: bool = True
+    block_padding: bool = True
     block_size: int = 32
+    complementary: bool = True
+    first_token_context: FirstTokenContext = "noisy"
+    ar_loss_weight: float = 0.0
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4
     muon_lr: float = 5e-3
     weight_decay: float = 0.0
+    schedule: Literal["stable", "cosine"] = "stable"
     warmup_steps: int = 50
     decay_share: float = 0.3
     max_grad_norm: float = 1.0
     bf16: bool = False
+    gradient_checkpointing: bool = False
+    fsdp: bool = False
     seed: int = 0
     log_every: int = 20
     save_every: int = 0
+    keep_checkpoints: int = 2
+    report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self.mode in ("diffusion", "autoregressive"), "mode", self.mode, "use 'diffusion' or 'autoregressive'")
-        _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "use 'adamw' or 'muon'")
+        _require_choice("mode", self.mode, Mode)
+        _require_choice("optimizer", self.optimizer, Literal["adamw", "muon"])
+        _require_choice("schedule", self.schedule, Literal["stable", "cosine"])
+        _require_choice("first_token_context", self.first_token_context, FirstTokenContext)
         for name in ("steps", "batch_size", "micro_batch_size", "context_length", "block_size", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "use at least 1")
+        _require(self.keep_checkpoints >= 2, "keep_checkpoints", self.keep_checkpoints, "use at least 2: one is whole")
         _require(
             self.batch_size % self.micro_batch_size == 0,
             "micro_batch_size", self.micro_batch_size, f"use a divisor of batch_size={self.batch_size}",
@@ -64,6 +93,15 @@ class TrainConfig:
         )  # fmt: skip
         _require(0 <= self.decay_share <= 1, "decay_share", self.decay_share, "use a value in [0, 1]")
         _require(min(self.lr, self.muon_lr) > 0, "lr", (self.lr, self.muon_lr), "use positive learning rates")
+        _require(self.ar_loss_weight >= 0, "ar_loss_weight", self.ar_loss_weight, "use 0 or more")
+        if not self.block_padding:
+            remedy = "samples that share blocks need packing=True and isolate_samples=False"
+            _require(self.packing and not self.isolate_samples, "block_padding", self.block_padding, remedy)
+        if self.ar_loss_weight:
+            remedy = "the autoregressive loss needs complementary=True, which learns every token"
+            _require(self.complementary, "ar_loss_weight", self.ar_loss_weight, remedy)
+        if self.fsdp:
+            _require(self.optimizer == "adamw", "fsdp", self.fsdp, "Muon needs whole matrices; use optimizer='adamw'")
 
 
 @dataclass(frozen=True)
@@ -94,11 +132,8 @@ class DecodeConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.mode in ("diffusion", "autoregressive"), "mode", self.mode, "use 'diffusion' or 'autoregressive'")
-        _require(
-            self.strategy in ("threshold", "factor", "fixed"),
-            "strategy", self.strategy, "use 'threshold', 'factor' or 'fixed'",
-        )  # fmt: skip
+        _require_choice("mode", self.mode, Mode)
+        _require_choice("strategy", self.strategy, Strategy)
         for name in ("max_new_tokens", "sub_block_size", "tokens_per_step", "top_k"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "use at least 1")

@@ -13,6 +13,7 @@ import parablock as pb
 from parablock.diffusion import objective
 from parablock.diffusion.masks import block_causal_mask, block_diffusion_mask, block_layout
 from parablock.diffusion.noise import complementary_views, mask_probability, sample_noise
+from parablock.diffusion.objective import autoregressive_loss
 
 
 def random_batch(seed: int, rows: int, blocks: int, D: int, share: float) -> tuple[torch.Tensor, ...]:
@@ -179,3 +180,76 @@ def test_bad_input_is_named(model: Any) -> None:
         loss(ids, labels, noise, mask_token_id=64)
     with pytest.raises(ValueError, match="no position of the batch has a label"):
         loss(ids, torch.full_like(labels, -100), noise)
+
+
+def packed_and_apart(seed: int, blocks: list[int], D: int = 4) -> tuple[dict[str, torch.Tensor], list[tuple[Any, ...]]]:
+    """Samples of `blocks` blocks: together in one row, and each as a row of its own."""
+    parts = [random_batch(seed + i, 1, n, D, 0.6) for i, n in enumerate(blocks)]
+    for _, labels, _ in parts:
+        labels[:, 0] = -100  # nothing stands before it
+    names = ("input_ids", "labels", "noise_mask")
+    row = {name: torch.cat([part[i] for part in parts], 1) for i, name in enumerate(names)}
+    row["samples"] = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks))[None]
+    return row, parts
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_isolated_samples_learn_as_if_alone(seed: int, blocks: list[int]) -> None:
+    row, parts = packed_and_apart(seed, blocks)
+    if not all((p[1] != -100).any() for p in parts):
+        return
+    model, fields = small_model(), {"block_size": 4, "mask_token_id": 63}
+    with torch.no_grad():
+        for attention in ("block", "dense"):
+            together = pb.diffusion_loss(model, **row, **fields, num_items=1, attention=attention)
+            apart = sum(pb.diffusion_loss(model, *p, **fields, num_items=1) for p in parts)
+            torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-5)
+        together = autoregressive_loss(
+            model, row["input_ids"], row["labels"], samples=row["samples"], block_size=4, num_items=1
+        )
+        apart = sum(autoregressive_loss(model, p[0], p[1], block_size=4, num_items=1) for p in parts)
+        torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-5)
+
+
+def test_the_autoregressive_loss_is_the_models_own() -> None:
+    model = small_model()
+    ids, labels, _ = random_batch(3, 3, 4, 8, 0.5)
+    with torch.no_grad():
+        own = model(input_ids=ids, labels=labels).loss
+        torch.testing.assert_close(autoregressive_loss(model, ids, labels, block_size=8), own)
+
+
+def test_a_clean_context_for_first_tokens_is_what_decoding_has() -> None:
+    """By hand: the logits at the end of the clean block predict the next block's first token."""
+    model = small_model()
+    ids, labels, _ = random_batch(5, 1, 3, 8, 1.0)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    fields = {"block_size": 8, "mask_token_id": 63}
+    losses = {}
+    with torch.no_grad():
+        for context in ("noisy", "clean"):
+            loss = pb.diffusion_loss(model, ids, labels, everything, **fields, num_items=1, first_token_context=context)
+            losses[context] = loss
+        mask = additive(block_diffusion_mask(24, 8))
+        doubled = torch.cat([ids.masked_fill(labels != -100, 63), ids], 1)
+        positions = torch.arange(24).repeat(2)[None]
+        log_p = model(input_ids=doubled, attention_mask=mask, position_ids=positions).logits[0].log_softmax(-1)
+    for context, stream in (("noisy", 0), ("clean", 24)):
+        by_hand = 0.0
+        for i in range(1, 24):
+            source = i - 1 + (stream if i % 8 == 0 else 0)
+            by_hand -= log_p[source, ids[0, i]].item()
+        assert losses[context].item() == pytest.approx(by_hand, rel=1e-5)
+    assert losses["clean"] != losses["noisy"]
+
+
+def test_one_view_learns_only_what_it_masks() -> None:
+    """`complementary=False`: labels only where the first view is masked leave the second view empty."""
+    model = small_model()
+    ids, labels, noise = random_batch(6, 2, 3, 8, 0.7)
+    fields = {"block_size": 8, "mask_token_id": 63, "num_items": 1}
+    shown = labels.masked_fill(~noise, -100)
+    with torch.no_grad():
+        first = pb.diffusion_loss(model, ids, shown, noise, **fields)
+        second = pb.diffusion_loss(model, ids, labels.masked_fill(noise, -100), ~noise, **fields)
+        torch.testing.assert_close(first + second, pb.diffusion_loss(model, ids, labels, noise, **fields))

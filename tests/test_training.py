@@ -41,8 +41,7 @@ def samples(count: int) -> list[Sample]:
 
 
 def rows(packing: bool, **changes: Any) -> RowDataset:
-    options = {"block_size": 8, "context_length": 32, "pad_token_id": 0, "packing": packing, "seed": 3, **changes}
-    return RowDataset(samples(6), **options)
+    return RowDataset(samples(6), replace(CONFIG, **{"packing": packing, "seed": 3, **changes}), 0)
 
 
 def test_noise_does_not_depend_on_packing_or_order() -> None:
@@ -52,8 +51,9 @@ def test_noise_does_not_depend_on_packing_or_order() -> None:
     for number, group in enumerate(packed.groups):
         row = packed[number]
         for place, sample in enumerate(group):
-            part = {k: v[16 * place : 16 * (place + 1)] for k, v in row.items()}
+            part = {k: v[16 * place : 16 * (place + 1)] for k, v in row.items() if k != "samples"}
             assert all(torch.equal(part[k], v) for k, v in single[sample].items())
+            assert (row["samples"][2 * place : 2 * (place + 1)] == place).all()
     before = single[2]["noise_mask"]
     single.set_epoch(1)
     assert not torch.equal(before, single[2]["noise_mask"])
@@ -73,7 +73,7 @@ def test_a_sample_longer_than_the_context_is_named() -> None:
     with pytest.raises(ValueError, match="sample 0 needs 16 tokens, more than the context of 8"):
         rows(False, context_length=8)[0]
     with pytest.raises(ValueError, match="no samples"):
-        RowDataset([], block_size=8, context_length=8, pad_token_id=0, packing=False, seed=0)
+        RowDataset([], CONFIG, 0)
 
 
 def test_orthogonalize_pushes_singular_values_to_one() -> None:

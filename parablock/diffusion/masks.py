@@ -2,8 +2,8 @@
 
 Shapes: B rows, L tokens a row, D block size, N blocks a row (L = N D), U units, T = U D tokens of a step.
 
-A training step is a list of *units*. A unit is one block of one row as one stream shows it: clean, or noisy in the
-first or the second view. Every unit attends to itself, both directions, and to the clean units before it in its row;
+A training step is a list of *units*. A unit is one block of one sample as one stream shows it: clean, or noisy in the
+first or the second view. Every unit attends to itself, both directions, and to the clean units before it in its sample;
 that one sentence is the block-diffusion mask (Fast-dLLM v2, section 3.1). Units that nothing needs are left out.
 """
 
@@ -39,15 +39,18 @@ def block_diffusion_mask(length: int, block_size: int, views: int = 1, device: t
 class BlockLayout:
     """The units of one training step, in order of their block number, and what each attends to.
 
-    `stream`, `row`, `block`: `[U]`, what each unit is. `unit_of` `[3, B, N]`: the unit of a (stream, row, block), -1
-    where it was left out. `groups`: for each block number that occurs, the range of its units and the clean units
-    before each of them `[units in the range, block]`.
+    `stream`, `row`, `block`: `[U]`, where each unit stands in the batch. `sample`, `number`: `[U]`, which sample it
+    belongs to, and how many blocks of it come before. `unit_of` `[3, B, N]`: the unit of a (stream, row, block), -1
+    where it was left out. `groups`: for each number that occurs, the range of its units and the clean units before
+    each of them `[units in the range, number]`.
     """
 
     block_size: int
     stream: Tensor
     row: Tensor
     block: Tensor
+    sample: Tensor
+    number: Tensor
     unit_of: Tensor
     groups: tuple[tuple[int, int, Tensor], ...]
 
@@ -62,15 +65,15 @@ class BlockLayout:
         return blocks[self.stream, self.row, self.block].view(1, -1)
 
     def positions(self) -> Tensor:
-        """Position ids `[1, T]`: every stream counts from the start of its row."""
-        start = self.block * self.block_size
+        """Position ids `[1, T]`: every stream counts from the start of its sample."""
+        start = self.number * self.block_size
         return (start[:, None] + torch.arange(self.block_size, device=start.device)).view(1, -1)
 
     def dense_mask(self) -> Tensor:
         """The mask `[1, 1, T, T]` (bool) of all units in one sequence: the readable reference, quadratic memory."""
         own = torch.eye(len(self.block), dtype=torch.bool, device=self.block.device)
-        before = self.block[:, None] > self.block[None, :]
-        units = own | (before & (self.row[:, None] == self.row[None, :]) & (self.stream == CLEAN)[None, :])
+        before = self.number[:, None] > self.number[None, :]
+        units = own | (before & (self.sample[:, None] == self.sample[None, :]) & (self.stream == CLEAN)[None, :])
         size = self.block_size
         return units.repeat_interleave(size, 0).repeat_interleave(size, 1)[None, None]
 
@@ -78,42 +81,60 @@ class BlockLayout:
         """The same as a flex-attention `BlockMask` (CUDA skips its empty tiles)."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        size, stream, row, block = self.block_size, self.stream, self.row, self.block
+        size, stream, sample, number = self.block_size, self.stream, self.sample, self.number
 
         def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             q_unit, k_unit = q // size, k // size
-            before = (block[q_unit] > block[k_unit]) & (row[q_unit] == row[k_unit]) & (stream[k_unit] == CLEAN)
+            before = (number[q_unit] > number[k_unit]) & (sample[q_unit] == sample[k_unit]) & (stream[k_unit] == CLEAN)
             return (q_unit == k_unit) | before
 
-        return create_block_mask(attends, None, None, self.tokens, self.tokens, device=block.device)
+        return create_block_mask(attends, None, None, self.tokens, self.tokens, device=number.device)
 
 
-def block_layout(first: Tensor, second: Tensor, block_size: int) -> BlockLayout:
+def block_layout(first: Tensor, second: Tensor, block_size: int, samples: Tensor | None = None) -> BlockLayout:
     """The units that a step needs, given what its two views mask (`[B, L]` bool each).
 
-    A noisy copy of a block that masks nothing would equal the clean copy, so it is left out (prompt-only blocks most of
-    all); a clean block is left out when no noisy block of its row comes after it.
+    `samples [B, N]`: which sample of its row each block belongs to (a sample's blocks stand together); by default a row
+    is one sample. A noisy copy of a block that masks nothing would equal the clean copy, so it is left out (prompt-only
+    blocks most of all); a clean block is left out when no noisy block of its sample comes after it.
     """
     rows, length = first.shape
-    noisy = torch.stack([first, second]).view(2, rows, length // block_size, block_size).any(-1)  # [2, B, N]
-    any_noisy = noisy.any(0).long()
-    later_noisy = any_noisy.flip(-1).cumsum(-1).flip(-1) - any_noisy  # noisy blocks strictly after each block
+    blocks = length // block_size
+    noisy = torch.stack([first, second]).view(2, rows, blocks, block_size).any(-1)  # [2, B, N]
+    start, end = sample_bounds(torch.zeros_like(noisy[0], dtype=torch.long) if samples is None else samples)
+    so_far = noisy.any(0).long().cumsum(-1)
+    later_noisy = so_far.gather(-1, end) - so_far  # noisy blocks of the sample strictly after each block
     present = torch.stack([later_noisy > 0, noisy[0], noisy[1]])  # [3, B, N]
 
     stream, row, block = present.nonzero(as_tuple=True)
-    order = block.argsort(stable=True)
+    order = (block - start[row, block]).argsort(stable=True)
     stream, row, block = stream[order], row[order], block[order]
+    first_block = start[row, block]
+    number = block - first_block
     unit_of = torch.full(present.shape, -1, device=first.device)
     unit_of[stream, row, block] = torch.arange(len(block), device=first.device)
 
     groups = []
-    start = 0
-    for number, count in enumerate(torch.bincount(block).tolist()):
+    begin = 0
+    for blocks_before, count in enumerate(torch.bincount(number).tolist()):
         if count:
-            before = unit_of[CLEAN][row[start : start + count], :number]
-            groups.append((start, start + count, before))
-            start += count
-    return BlockLayout(block_size, stream, row, block, unit_of, tuple(groups))
+            these = slice(begin, begin + count)
+            earlier = first_block[these, None] + torch.arange(blocks_before, device=first.device)
+            groups.append((begin, begin + count, unit_of[CLEAN][row[these, None], earlier]))
+            begin += count
+    return BlockLayout(block_size, stream, row, block, row * blocks + first_block, number, unit_of, tuple(groups))
+
+
+def sample_bounds(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """For every block of `samples [B, N]`: the first and the last block of its sample."""
+    index = torch.arange(samples.shape[1], device=samples.device).expand_as(samples)
+    changes = torch.ones_like(samples, dtype=torch.bool)
+    changes[:, 1:] = samples[:, 1:] != samples[:, :-1]
+    start = torch.where(changes, index, 0).cummax(-1).values
+    last = torch.ones_like(changes)
+    last[:, :-1] = changes[:, 1:]
+    end = torch.where(last, index, samples.shape[1]).flip(-1).cummin(-1).values.flip(-1)
+    return start, end
 
 
 def block_attention(

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from parablock.config import Model
-from parablock.diffusion.masks import CLEAN, BlockLayout, block_layout, register_block_attention
+from parablock.config import FirstTokenContext, Model
+from parablock.diffusion.masks import CLEAN, BlockLayout, block_layout, register_block_attention, sample_bounds
 from parablock.diffusion.noise import complementary_views
 from parablock.diffusion.support import attention as using_attention
 from parablock.diffusion.support import require_full_attention
@@ -33,6 +33,8 @@ def diffusion_loss(
     *,
     block_size: int,
     mask_token_id: int,
+    samples: Tensor | None = None,
+    first_token_context: FirstTokenContext = "noisy",
     num_items: Tensor | int | None = None,
     attention: Attention | None = None,
 ) -> Tensor:
@@ -46,6 +48,10 @@ def diffusion_loss(
             view masks the other labelled positions.
         block_size: D.
         mask_token_id: what stands at masked positions.
+        samples: `[B, L / block_size]`, which sample of its row each block belongs to: samples that share a row then see
+            nothing of each other, as if each had a row of its own. By default a row is one sample.
+        first_token_context: what a block's first token is predicted from, the "noisy" block before it (as published)
+            or its "clean" copy (what decoding has).
         num_items: what the summed cross-entropy is divided by; by default the number of masked positions of both views
             (pass the whole accumulated batch's count when accumulating gradients).
         attention: "block" (by structure: plain products, any device), "flex" (flex attention with a block mask; CUDA)
@@ -61,14 +67,50 @@ def diffusion_loss(
     """
     _check(model, input_ids, labels, noise_mask, block_size, mask_token_id)
     first, second = complementary_views(noise_mask, labels)
-    layout = block_layout(first, second, block_size)
+    layout = block_layout(first, second, block_size, samples)
     if not layout.tokens:
         raise ValueError("no position of the batch has a label; every row needs at least one response token")
     views = torch.stack([input_ids, *(input_ids.masked_fill(v, mask_token_id) for v in (first, second))])
     hidden = _hidden_states(model, layout.gather(views), layout, attention)
-    sources, targets = _shifted_targets(layout, torch.stack([first, second]), input_ids)
+    sources, targets = _shifted_targets(layout, torch.stack([first, second]), input_ids, first_token_context)
     total = _summed_cross_entropy(model, hidden.index_select(0, sources), targets)
     return total / (targets.numel() if num_items is None else num_items)
+
+
+def autoregressive_loss(
+    model: Model,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    block_size: int,
+    samples: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """The ordinary next-token loss at the labelled positions, from a causal pass over the clean tokens.
+
+    Arguments as of `diffusion_loss`; samples that share a row are isolated in the same way. Rows are padded on the
+    right. Returns a scalar, float32: the mean cross-entropy in nats.
+    """
+    require_full_attention(model.config)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    learned = labels != -100
+    learned[:, 0] = False
+    if samples is not None:
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        start = sample_bounds(samples)[0].repeat_interleave(block_size, 1) * block_size
+        own = (start[:, :, None] == start[:, None, :]) & (index[:, None] >= index[None, :])
+        inputs["attention_mask"] = _additive(own[:, None], model.dtype)
+        inputs["position_ids"] = index - start
+        learned &= index > start
+    hidden = model.get_decoder()(**inputs).last_hidden_state
+    row, position = learned.nonzero(as_tuple=True)
+    total = _summed_cross_entropy(model, hidden[row, position - 1], input_ids[row, position])
+    return total / (position.numel() if num_items is None else num_items)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True: attend) as one that every attention of transformers reads ("eager" misreads a bool one)."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _check(
@@ -104,10 +146,7 @@ def _hidden_states(model: Model, ids: Tensor, layout: BlockLayout, attention: At
         with using_attention(model, "flex_attention"):
             output = decoder(**inputs, attention_mask=layout.flex_mask())
     else:
-        # additive: every attention of transformers agrees on it ("eager" misreads a bool mask)
-        blocked = ~layout.dense_mask()
-        mask = torch.zeros(blocked.shape, dtype=model.dtype, device=ids.device)
-        output = decoder(**inputs, attention_mask=mask.masked_fill_(blocked, torch.finfo(model.dtype).min))
+        output = decoder(**inputs, attention_mask=_additive(layout.dense_mask(), model.dtype))
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
@@ -116,17 +155,26 @@ def _checkpointed_modules(model: Model) -> Iterator[Any]:
     return (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
-def _shifted_targets(layout: BlockLayout, masked: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _shifted_targets(
+    layout: BlockLayout, masked: Tensor, input_ids: Tensor, first_token_context: FirstTokenContext
+) -> tuple[Tensor, Tensor]:
     """Token shift: for every masked position i of both views (`masked [2, B, L]`), where its hidden state i - 1 lies.
 
     Returns `sources [M]`, indices into the T tokens of the step, and `targets [M]`, the clean ids. Where the view has
-    no unit of its own for position i - 1, the clean unit shows the same. Position 0 has no i - 1: not predicted.
+    no unit of its own for position i - 1, the clean unit shows the same. A sample's first position has no i - 1: not
+    predicted.
     """
-    view, row, column = masked[:, :, 1:].nonzero(as_tuple=True)  # column = i - 1
-    block = column // layout.block_size
-    unit = layout.unit_of[view + 1, row, block]
-    unit = torch.where(unit >= 0, unit, layout.unit_of[CLEAN, row, block])
-    return unit * layout.block_size + column % layout.block_size, input_ids[row, column + 1]
+    size = layout.block_size
+    view, row, position = masked.nonzero(as_tuple=True)
+    unit = layout.unit_of[view + 1, row, position // size]  # where the masked token itself stands
+    predicted = (layout.number[unit] > 0) | (position % size > 0)
+    view, row, position = view[predicted], row[predicted], position[predicted]
+    block, place = (position - 1) // size, (position - 1) % size
+    unit, clean = layout.unit_of[view + 1, row, block], layout.unit_of[CLEAN, row, block]
+    if first_token_context == "clean":
+        unit = torch.where(place == size - 1, clean, unit)
+    unit = torch.where(unit >= 0, unit, clean)
+    return unit * size + place, input_ids[row, position]
 
 
 def _logits(model: Model, hidden: Tensor) -> Tensor:

@@ -7,40 +7,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from parablock.config import TrainConfig
 from parablock.data.chat import IGNORE, Sample
 from parablock.data.packing import pack, pad_to_block
 from parablock.diffusion.noise import sample_noise
 
-Row = dict[str, Tensor]  # input_ids, labels, noise_mask: [L] each
+Row = dict[str, Tensor]  # input_ids, labels, noise_mask: [L] each; samples: [L / block size]
 
 
 class RowDataset(Dataset[Row]):
-    """Block-aligned rows of one or more samples, each sample with its own noise for this epoch.
+    """Rows of one or more samples, each sample with its own noise for this epoch.
 
-    `samples` may be lazy (anything with `len` and indexing); packing has to read all of them once.
+    `samples` may be lazy (anything with `len` and indexing); packing has to read all of them once. The switches are
+    those of `TrainConfig`.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        *,
-        block_size: int,
-        context_length: int,
-        pad_token_id: int,
-        packing: bool,
-        seed: int,
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], config: TrainConfig, pad_token_id: int) -> None:
         if not len(samples):
             raise ValueError("there are no samples to train on")
         self.samples = samples
-        self.block_size = block_size
-        self.context_length = context_length
+        self.config = config
         self.pad_token_id = pad_token_id
-        self.seed = seed
         self.epoch = 0
         self.groups: list[list[int]] | None = None
-        if packing:
-            self.groups = pack([len(s.input_ids) for s in samples], block_size, context_length)
+        if config.packing:
+            aligned_to = config.block_size if config.block_padding else 1
+            self.groups = pack([len(s.input_ids) for s in samples], aligned_to, config.context_length)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader at the start of every epoch: fresh noise for every sample."""
@@ -50,27 +42,43 @@ class RowDataset(Dataset[Row]):
         return len(self.samples if self.groups is None else self.groups)
 
     def __getitem__(self, index: int) -> Row:
-        ids: list[int] = []
-        labels: list[int] = []
-        noise: list[Tensor] = []
-        for number in [index] if self.groups is None else self.groups[index]:
-            sample = pad_to_block(self.samples[number], self.block_size, self.pad_token_id)
-            ids += sample.input_ids
-            labels += sample.labels
-            length = len(sample.input_ids)
-            noise.append(sample_noise(length, self.block_size, seed=self.seed, epoch=self.epoch, sample=number))
-        if len(ids) > self.context_length:
-            raise ValueError(f"sample {index} needs {len(ids)} tokens, more than the context of {self.context_length}")
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "noise_mask": torch.cat(noise)}
+        size = self.config.block_size
+        numbers = [index] if self.groups is None else self.groups[index]
+        parts = [self.samples[number] for number in numbers]
+        if self.config.block_padding:
+            parts = [pad_to_block(part, size, self.pad_token_id) for part in parts]
+        else:  # samples share blocks, and noise is drawn for the row
+            whole = Sample([i for p in parts for i in p.input_ids], [i for p in parts for i in p.labels])
+            numbers, parts = numbers[:1], [pad_to_block(whole, size, self.pad_token_id)]
+        length = sum(len(part.input_ids) for part in parts)
+        if length > self.config.context_length:
+            context = self.config.context_length
+            raise ValueError(f"sample {index} needs {length} tokens, more than the context of {context}")
+        noise = torch.cat([self._noise(n, len(p.input_ids)) for n, p in zip(numbers, parts, strict=True)])
+        # nothing stands before a sample's first token to predict it from
+        labels = torch.tensor([label for p in parts for label in (IGNORE, *p.labels[1:])])
+        if not self.config.complementary and self.config.mode == "diffusion":
+            labels[~noise] = IGNORE  # what the first view leaves visible is not learned in another
+        row = {
+            "input_ids": torch.tensor([i for p in parts for i in p.input_ids]),
+            "labels": labels,
+            "noise_mask": noise,
+        }
+        if self.config.packing and self.config.isolate_samples:
+            blocks = [torch.full((len(p.input_ids) // size,), place) for place, p in enumerate(parts)]
+            row["samples"] = torch.cat(blocks)
+        return row
+
+    def _noise(self, sample: int, length: int) -> Tensor:
+        return sample_noise(length, self.config.block_size, seed=self.config.seed, epoch=self.epoch, sample=sample)
 
 
 def collate(rows: list[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows -> a batch `[B, longest row]`, padded on the right."""
-    length = max(len(row["input_ids"]) for row in rows)
-    fill: dict[str, Any] = {"input_ids": pad_token_id, "labels": IGNORE, "noise_mask": False}
+    """Rows -> a batch `[B, longest row]`, padded on the right; `samples` `[B, longest row / block size]`."""
+    fill: dict[str, Any] = {"input_ids": pad_token_id, "labels": IGNORE, "noise_mask": False, "samples": -1}
     batch = {}
-    for name, value in fill.items():
-        batch[name] = torch.full((len(rows), length), value)
+    for name in rows[0]:
+        batch[name] = torch.full((len(rows), max(len(row[name]) for row in rows)), fill[name])
         for i, row in enumerate(rows):
             batch[name][i, : len(row[name])] = row[name]
     return batch

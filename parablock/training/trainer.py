@@ -2,7 +2,8 @@
 
 import atexit
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from parablock.config import Model, TrainConfig
 from parablock.data.chat import Sample
-from parablock.diffusion.objective import diffusion_loss
+from parablock.diffusion.masks import register_block_attention
+from parablock.diffusion.objective import Attention, autoregressive_loss, diffusion_loss
+from parablock.diffusion.support import attention as using_attention
+from parablock.training.guards import Guards, TrainingStoppedError, checkpoints, last_good, remove_broken
 from parablock.training.optimizer import build_optimizer
 from parablock.training.rows import RowDataset, collate
 
@@ -47,46 +51,50 @@ def train(
 
     With `mode="diffusion"` the model's config must hold `mask_token_id`; block size and mask id are recorded there, so
     that what is saved afterwards is a block-diffusion checkpoint. `output_dir` receives the Trainer's own checkpoints
-    (every `save_every` steps, the last two are kept); with `resume` training continues from the newest one there, if
-    there is any. `progress(step, logs)` is called every `log_every` steps with the Trainer's log (`loss`, ...).
+    (every `save_every` steps); with `resume` training continues from the newest whole one there, if there is any, and
+    ends with the very weights of a run that was never interrupted. `progress(step, logs)` is called every `log_every`
+    steps with the Trainer's log (`loss`, ...). SIGTERM ends the run after the step, with a checkpoint.
 
     Raises:
-        ValueError: no mask or padding token, no samples, or checkpoints in `output_dir` without `resume`.
+        ValueError: no mask or padding token, no samples, checkpoints in `output_dir` without `resume`, or a loss that
+            is no longer a number.
+        OSError: a checkpoint could not be written (a full disk); the message names the last good one.
+        TrainingStoppedError: SIGTERM.
     """
-    saved = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    if saved and not resume:
-        raise ValueError(f"{str(output_dir)!r} holds checkpoints; pass resume=True to continue, or name another folder")
+    folder = Path(output_dir)
+    if checkpoints(folder) and not resume:
+        raise ValueError(f"{str(folder)!r} holds checkpoints; pass resume=True to continue, or name another folder")
     padding = _padding(model, tokenizer, config)
-    dataset = RowDataset(
-        samples,
-        block_size=config.block_size,
-        context_length=config.context_length,
-        pad_token_id=padding,
-        packing=config.packing,
-        seed=config.seed,
-    )
+    guards = Guards(model, folder)
     common: dict[str, Any] = {
         "model": model,
         "args": _arguments(config, output_dir),
-        "train_dataset": dataset,
-        "data_collator": partial(_collate, pad_token_id=padding, with_noise=config.mode == "diffusion"),
-        "callbacks": [*callbacks, *([_Report(progress)] if progress else [])],
+        "train_dataset": RowDataset(samples, config, padding),
+        "data_collator": partial(collate, pad_token_id=padding),
+        "callbacks": [*callbacks, *([_Report(progress)] if progress else []), guards],
     }
     if config.optimizer == "muon":
         muon = build_optimizer(model, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
         common["optimizers"] = (muon, None)
-    forward_before = {name: f for name, f in model.__dict__.items() if name == "forward"}
     if config.mode == "diffusion":
         model.config.bd_size = config.block_size
-        model.forward = _loss_as_forward(model, config.block_size, padding)
-    try:
+    with _loss_as_forward(model, config, padding):
         trainer = Trainer(**common)
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        if trainer.is_world_process_zero():
+            remove_broken(folder)
+        whole = checkpoints(folder)
+        guards.listen()
+        try:
+            trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+        except OSError as error:
+            remove_broken(folder)
+            raise OSError(f"a checkpoint could not be written ({error}). {last_good(folder)}") from error
+        finally:
+            guards.deafen()
         atexit.register(_leave_process_group)
-    finally:
-        model.__dict__.pop("forward", None)
-        model.__dict__.update(forward_before)  # the class's own again, or what another wrapper had put there
+    if guards.stopped_at is not None:
+        raise TrainingStoppedError(f"stopped by SIGTERM after step {guards.stopped_at}. {last_good(folder)}")
     return model.eval()
 
 
@@ -99,24 +107,62 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _loss_as_forward(model: Model, block_size: int, mask_token_id: int) -> Callable[..., Any]:
-    """The block-diffusion loss in the place of the model's forward, while it trains.
+@contextmanager
+def _loss_as_forward(model: Model, config: TrainConfig, mask_token_id: int) -> Iterator[None]:
+    """The loss in the place of the model's forward, while it trains.
 
     So whatever wraps a model for training (autocast, DDP, FSDP, PEFT) runs around the loss as around any forward. A
-    call without a noise mask is the model's own forward: callbacks can decode with the model while it trains.
+    call without labels is the model's own forward: callbacks can decode with the model while it trains.
     """
+    before = {name: forward for name, forward in model.__dict__.items() if name == "forward"}
     own_forward = model.forward
+    attention = _checkpointed_attention(model) if config.gradient_checkpointing else None
 
-    def forward(*args: Any, noise_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if noise_mask is None:
+    def forward(
+        *args: Any, labels: Tensor | None = None, noise_mask: Tensor | None = None, samples: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if labels is None:
             return own_forward(*args, **kwargs)
-        loss = diffusion_loss(
-            model, kwargs["input_ids"], kwargs["labels"], noise_mask, block_size=block_size,
-            mask_token_id=mask_token_id, num_items=kwargs.get("num_items_in_batch"),
-        )  # fmt: skip
+        rows: dict[str, Any] = {
+            "block_size": config.block_size, "samples": samples, "num_items": num_items_in_batch
+        }  # fmt: skip
+        loss: Any = 0.0
+        ar_loss_weight = config.ar_loss_weight
+        if config.mode == "diffusion":
+            assert noise_mask is not None
+            loss = diffusion_loss(
+                model, kwargs["input_ids"], labels, noise_mask, mask_token_id=mask_token_id, attention=attention,
+                first_token_context=config.first_token_context, **rows,
+            )  # fmt: skip
+        else:
+            ar_loss_weight = 1.0
+        if ar_loss_weight:
+            loss = loss + ar_loss_weight * autoregressive_loss(model, kwargs["input_ids"], labels, **rows)
         return {"loss": loss}
 
-    return forward
+    model.forward = forward
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+        model.__dict__.update(before)  # the class's own again, or what another wrapper had put there
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+
+
+def _checkpointed_attention(model: Model) -> Attention:
+    """Turn gradient checkpointing on; returns the attention to train with, which is also that of the second pass."""
+    cuda = model.device.type == "cuda"
+    attention: Attention = ("flex" if model._supports_flex_attn else "dense") if cuda else "block"
+    second = nullcontext
+    if attention != "dense":
+        name = "flex_attention" if attention == "flex" else register_block_attention()
+        second = partial(using_attention, model, name)  # type: ignore[assignment]
+    # the name of transformers before 5.2x, where only one of the two exists
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), second())})
+    return attention
 
 
 def _padding(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
@@ -134,11 +180,11 @@ def _padding(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainConf
     return tokenizer.pad_token_id
 
 
-def _collate(rows: list[dict[str, Tensor]], *, pad_token_id: int, with_noise: bool) -> dict[str, Tensor]:
-    batch = collate(rows, pad_token_id)
-    if not with_noise:
-        del batch["noise_mask"]
-    return batch
+def _schedule(config: TrainConfig) -> dict[str, Any]:
+    if config.schedule == "cosine":
+        return {"lr_scheduler_type": "cosine"}
+    decay = {"num_decay_steps": int(config.steps * config.decay_share), "decay_type": "linear"}
+    return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
 
 
 def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments:
@@ -158,8 +204,7 @@ def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": int(config.steps * config.decay_share), "decay_type": "linear"},
+        **_schedule(config),
         warmup_steps=min(config.warmup_steps, config.steps),
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
@@ -167,9 +212,12 @@ def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments
         logging_steps=config.log_every,
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
-        save_total_limit=2,
+        save_total_limit=config.keep_checkpoints,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
+        logging_nan_inf_filter=False,
+        fsdp="full_shard" if config.fsdp else None,
+        fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} if config.fsdp else None,
         disable_tqdm=True,
     )
