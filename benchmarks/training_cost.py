@@ -34,7 +34,7 @@ def make_batches(tokenizer: Any, mask_token_id: int, samples: int) -> dict[str, 
     for name, packing, context in (("one sample a row", False, 256), ("packed rows", True, 512)):
         config = pb.TrainConfig(context_length=context, packing=packing, isolate_samples=False)
         rows = RowDataset(encoded, config, mask_token_id)
-        batches[name] = collate([rows[i] for i in range(len(rows))], mask_token_id)
+        batches[name] = collate([rows.row(i, epoch=0) for i in range(len(rows.groups))], mask_token_id)
     return batches
 
 

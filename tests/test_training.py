@@ -1,5 +1,6 @@
 """The recipe: rows, the optimizer, and real short trainings with transformers' Trainer."""
 
+import json
 import os
 import subprocess
 import sys
@@ -46,23 +47,43 @@ def rows(packing: bool, **changes: Any) -> RowDataset:
 
 def test_noise_does_not_depend_on_packing_or_order() -> None:
     single, packed = rows(False), rows(True)
-    assert packed.groups is not None
-    assert len(packed) == 3
+    assert len(packed.groups) == 3
     for number, group in enumerate(packed.groups):
-        row = packed[number]
+        row = packed.row(number, epoch=0)
         for place, sample in enumerate(group):
             part = {k: v[16 * place : 16 * (place + 1)] for k, v in row.items() if k != "samples"}
-            assert all(torch.equal(part[k], v) for k, v in single[sample].items())
+            assert all(torch.equal(part[k], v) for k, v in single.row(sample, epoch=0).items())
             assert (row["samples"][2 * place : 2 * (place + 1)] == place).all()
-    before = single[2]["noise_mask"]
-    single.set_epoch(1)
-    assert not torch.equal(before, single[2]["noise_mask"])
-    assert torch.equal(rows(False)[2]["noise_mask"], before)
-    assert not torch.equal(rows(False, seed=4)[2]["noise_mask"], before)
+    before = single.row(2, epoch=0)["noise_mask"]
+    assert not torch.equal(before, single.row(2, epoch=1)["noise_mask"])
+    assert not torch.equal(rows(False, seed=4).row(2, epoch=0)["noise_mask"], before)
+
+
+def test_a_run_is_one_order_of_rows() -> None:
+    run = rows(False, steps=3, batch_size=4, micro_batch_size=4)
+    assert len(run) == 12
+    epochs = [sorted(run[i]["input_ids"][0].item() for i in range(start, start + 6)) for start in (0, 6)]
+    assert epochs[0] == epochs[1]  # every sample once per epoch
+    first = [run[i]["input_ids"].tolist() for i in range(12)]
+    assert first[:6] != first[6:]  # in another order
+    assert [rows(False, steps=3, batch_size=4, micro_batch_size=4)[i]["input_ids"].tolist() for i in range(12)] == first
+
+
+def test_the_switches_of_a_row() -> None:
+    whole = rows(True).row(0, epoch=0)
+    assert (whole["labels"].view(2, 16)[:, 0] == -100).all()
+    one_view = rows(True, complementary=False).row(0, epoch=0)
+    assert torch.equal(one_view["labels"], whole["labels"].masked_fill(~whole["noise_mask"], -100))
+    assert "samples" not in rows(True, isolate_samples=False).row(0, epoch=0)
+    shared = rows(True, isolate_samples=False, block_padding=False)
+    assert [len(group) for group in shared.groups] == [2, 2, 2]
+    row = shared.row(0, epoch=0)
+    first, second = (samples(6)[number].input_ids for number in shared.groups[0])
+    assert row["input_ids"].tolist() == [*first, *second]  # 24 tokens: no padding between, and none needed after
 
 
 def test_collate_pads_on_the_right() -> None:
-    batch = collate([rows(False)[0], rows(True)[0]], 61)
+    batch = collate([rows(False).row(0, epoch=0), rows(True, isolate_samples=False).row(0, epoch=0)], 61)
     assert batch["input_ids"].shape == (2, 32)
     assert (batch["input_ids"][0, 16:] == 61).all()
     assert (batch["labels"][0, 16:] == -100).all()
@@ -71,7 +92,7 @@ def test_collate_pads_on_the_right() -> None:
 
 def test_a_sample_longer_than_the_context_is_named() -> None:
     with pytest.raises(ValueError, match="sample 0 needs 16 tokens, more than the context of 8"):
-        rows(False, context_length=8)[0]
+        rows(False, context_length=8).row(0, epoch=0)
     with pytest.raises(ValueError, match="no samples"):
         RowDataset([], CONFIG, 0)
 
@@ -154,20 +175,45 @@ def test_accumulated_micro_batches_give_the_same_weights(tokenizer: Any, tmp_pat
     torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_train_the_same_weights(tokenizer: Any, tmp_path: Path, optimizer: Any) -> None:
-    """The same global batch, shared out over two real torchrun processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = [str(Path(__file__).parent / "train_worker.py"), str(tmp_path), optimizer]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    out = subprocess.run([*command, *worker], capture_output=True, text=True, timeout=300, check=False, env=environment)
+def worker(folder: Path, changes: dict[str, Any], *flags: str, processes: int = 0) -> list[str]:
+    """The command that trains in a process of its own, or in several under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    script = str(Path(__file__).parent / "train_worker.py")
+    return [sys.executable, *launcher, script, str(folder), json.dumps(changes), *flags]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_worker(folder: Path, changes: dict[str, Any], *flags: str, processes: int = 0) -> dict[str, torch.Tensor]:
+    """Train to the end; returns the weights."""
+    command = worker(folder, changes, *flags, processes=processes)
+    out = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
     assert out.returncode == 0, out.stderr
-    model = small_model(initializer_range=0.05)
-    config = replace(CONFIG, steps=3, optimizer=optimizer, packing=False)
-    pb.train(model, tokenizer, samples(60), config, tmp_path / "single")
-    shared = load_file(tmp_path / "weights.safetensors")
-    for name, p in model.named_parameters():
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "packing": False},
+        {"optimizer": "muon", "packing": False},
+        {"optimizer": "adamw", "ar_loss_weight": 0.5},
+        {"optimizer": "adamw", "fsdp": True},
+    ],
+    ids=["ddp", "ddp-muon", "ddp-packed-with-ar-loss", "fsdp2"],
+)
+def test_two_processes_train_as_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The same global batch, shared out over two real torchrun processes: same losses, same weights."""
+    changes = {"steps": 4, "log_every": 1, **changes}
+    shared = run_worker(tmp_path / "two", changes, processes=2)
+    alone = run_worker(tmp_path / "one", {**changes, "fsdp": False})
+    for name, p in alone.items():
         torch.testing.assert_close(p, shared[name], atol=1e-4, rtol=1e-3)
+    losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two")]
+    assert losses[0].keys() == losses[1].keys() == {"1", "2", "3", "4"}
+    for step, loss in losses[0].items():
+        assert losses[1][step] == pytest.approx(loss, rel=1e-4)
 
 
 def test_the_model_decodes_while_it_trains(tokenizer: Any, tmp_path: Path) -> None:
@@ -246,3 +292,33 @@ def test_what_is_missing_is_named(tokenizer: Any, tmp_path: Path) -> None:
 def test_bad_recipes_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pb.TrainConfig(**values)
+
+
+def test_gradient_checkpointing_trains_the_same_weights(tokenizer: Any, tmp_path: Path) -> None:
+    from parablock.training import trainer
+
+    weights = []
+    for on in (False, True):
+        model = small_model(initializer_range=0.05)
+        config = replace(CONFIG, steps=3, optimizer="adamw", gradient_checkpointing=on)
+        pb.train(model, tokenizer, samples(60), config, tmp_path / str(on))
+        weights.append(model.model.layers[0].mlp.up_proj.weight)
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+    assert trainer.register_block_attention() not in model.config._attn_implementation
+
+
+def test_the_cosine_schedule_ends_at_zero(tokenizer: Any, tmp_path: Path) -> None:
+    rates: list[float] = []
+    config = replace(CONFIG, steps=10, schedule="cosine", log_every=1, optimizer="adamw")
+    progress = lambda _, logs: rates.append(logs["learning_rate"]) if "learning_rate" in logs else None  # noqa: E731
+    pb.train(small_model(), tokenizer, samples(60), config, tmp_path, progress=progress)
+    assert max(rates) == config.lr
+    assert rates[-1] < 0.05 * config.lr
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_tensorboard_gets_the_losses(tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    pb.train(small_model(), tokenizer, samples(60), replace(CONFIG, steps=3, report_to=("tensorboard",)), tmp_path)
+    assert list(tmp_path.rglob("events.out.tfevents*"))

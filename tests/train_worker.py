@@ -1,12 +1,11 @@
-"""Run by torchrun in test_training.py: a short training; process 0 saves the weights."""
+"""A short training in a process of its own, or in several; its recipe is given as JSON. Writes model and losses."""
 
-import os
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from conftest import small_model
-from safetensors.torch import save_file
 from test_training import CONFIG, samples
 from transformers import AutoTokenizer
 
@@ -14,9 +13,16 @@ import parablock as pb
 from parablock.checkpoints.load import BUNDLED
 
 if __name__ == "__main__":
-    model = small_model(initializer_range=0.05)
-    config = replace(CONFIG, steps=3, optimizer=sys.argv[2], packing=False)
+    folder, changes, resume = Path(sys.argv[1]), json.loads(sys.argv[2]), "--resume" in sys.argv
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
-    pb.train(model, tokenizer, samples(60), config, Path(sys.argv[1]) / "run")
-    if os.environ["RANK"] == "0":
-        save_file(model.state_dict(), Path(sys.argv[1]) / "weights.safetensors")
+    model = small_model(initializer_range=0.05)
+    losses: dict[int, float] = {}
+
+    def progress(step: int, logs: dict[str, float]) -> None:
+        losses.update({step: logs["loss"]} if "loss" in logs else {})
+        print("STEP", step, flush=True)
+
+    config = replace(CONFIG, **changes)
+    pb.train(model, tokenizer, samples(60), config, folder / "run", progress=progress, resume=resume)
+    pb.save(model, tokenizer, folder / "model")
+    (folder / "losses.json").write_text(json.dumps(losses))

@@ -7,18 +7,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from parablock.config import Model
 
 
 def save(model: Model, tokenizer: Any, path: str | Path) -> None:
     """Write model and tokenizer to `path` (safetensors), whole or not at all; `export` writes other layouts.
 
+    Under `torchrun` every process calls it (a sharded model is gathered) and the first one writes.
+
     Raises:
         ValueError: `path` exists and is not an empty directory.
     """
+    weights = _gathered(model)
+    if distributed.is_initialized() and distributed.get_rank() > 0:
+        return
     with new_directory(path) as whole:
-        model.save_pretrained(whole)
+        model.save_pretrained(whole, state_dict=weights)
         tokenizer.save_pretrained(whole)
+
+
+def _gathered(model: Model) -> dict[str, Any] | None:
+    """The whole weights of a model that FSDP has sharded; None for any other."""
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
 
 
 def require_new(path: Path) -> None:

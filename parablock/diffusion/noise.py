@@ -17,13 +17,18 @@ def mask_probability(t: Tensor) -> Tensor:
     return (1 - MIN_MASK_PROBABILITY) * t + MIN_MASK_PROBABILITY
 
 
+def seeded_generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU that depends on `key` alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
 def sample_noise(length: int, block_size: int, *, seed: int, epoch: int, sample: int) -> Tensor:
     """The noise mask `[length]` (bool, True: masked in the first view) of one sample.
 
     Each block of `block_size` positions draws its own `t`. `length` need not be a multiple of `block_size`.
     """
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = seeded_generator(seed, epoch, sample)
     blocks = -(-length // block_size)
     p = mask_probability(torch.rand(blocks, 1, generator=generator))
     u = torch.rand(blocks, block_size, generator=generator)

@@ -23,11 +23,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def remove_broken(folder: Path) -> None:
-    """Delete what an interrupted write has left."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / WHOLE).is_file():
-            shutil.rmtree(path)
+def remove_broken(folder: Path) -> int:
+    """Delete what interrupted writes have left; returns how many."""
+    broken = [path for path in folder.glob("checkpoint-*") if not (path / WHOLE).is_file()]
+    for path in broken:
+        shutil.rmtree(path)
+    return len(broken)
 
 
 class Guards(TrainerCallback):

@@ -10,14 +10,15 @@ from torch.utils.data import Dataset
 from parablock.config import TrainConfig
 from parablock.data.chat import IGNORE, Sample
 from parablock.data.packing import pack, pad_to_block
-from parablock.diffusion.noise import sample_noise
+from parablock.diffusion.noise import sample_noise, seeded_generator
 
 Row = dict[str, Tensor]  # input_ids, labels, noise_mask: [L] each; samples: [L / block size]
 
 
 class RowDataset(Dataset[Row]):
-    """Rows of one or more samples, each sample with its own noise for this epoch.
+    """All rows of a training in the order they are trained on, epoch after epoch, each sample with its own noise.
 
+    Item i is row i of the run: the same however many processes share the rows out, and wherever the run is resumed.
     `samples` may be lazy (anything with `len` and indexing); packing has to read all of them once. The switches are
     those of `TrainConfig`.
     """
@@ -28,22 +29,26 @@ class RowDataset(Dataset[Row]):
         self.samples = samples
         self.config = config
         self.pad_token_id = pad_token_id
-        self.epoch = 0
-        self.groups: list[list[int]] | None = None
+        self.groups: Sequence[Sequence[int]] = [[number] for number in range(len(samples))]
         if config.packing:
             aligned_to = config.block_size if config.block_padding else 1
             self.groups = pack([len(s.input_ids) for s in samples], aligned_to, config.context_length)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of every epoch: fresh noise for every sample."""
-        self.epoch = epoch
+        self._order: tuple[int, list[int]] = (-1, [])  # of the epoch that was read last
 
     def __len__(self) -> int:
-        return len(self.samples if self.groups is None else self.groups)
+        return self.config.steps * self.config.batch_size
 
     def __getitem__(self, index: int) -> Row:
+        epoch, place = divmod(index, len(self.groups))
+        if self._order[0] != epoch:
+            generator = seeded_generator(self.config.seed, epoch, "order")
+            self._order = epoch, torch.randperm(len(self.groups), generator=generator).tolist()
+        return self.row(self._order[1][place], epoch)
+
+    def row(self, number: int, epoch: int) -> Row:
+        """Row `number` of the data, with the noise of `epoch`."""
         size = self.config.block_size
-        numbers = [index] if self.groups is None else self.groups[index]
+        numbers = list(self.groups[number])
         parts = [self.samples[number] for number in numbers]
         if self.config.block_padding:
             parts = [pad_to_block(part, size, self.pad_token_id) for part in parts]
@@ -53,8 +58,8 @@ class RowDataset(Dataset[Row]):
         length = sum(len(part.input_ids) for part in parts)
         if length > self.config.context_length:
             context = self.config.context_length
-            raise ValueError(f"sample {index} needs {length} tokens, more than the context of {context}")
-        noise = torch.cat([self._noise(n, len(p.input_ids)) for n, p in zip(numbers, parts, strict=True)])
+            raise ValueError(f"sample {numbers[0]} needs {length} tokens, more than the context of {context}")
+        noise = torch.cat([self._noise(n, epoch, len(p.input_ids)) for n, p in zip(numbers, parts, strict=True)])
         # nothing stands before a sample's first token to predict it from
         labels = torch.tensor([label for p in parts for label in (IGNORE, *p.labels[1:])])
         if not self.config.complementary and self.config.mode == "diffusion":
@@ -69,8 +74,8 @@ class RowDataset(Dataset[Row]):
             row["samples"] = torch.cat(blocks)
         return row
 
-    def _noise(self, sample: int, length: int) -> Tensor:
-        return sample_noise(length, self.config.block_size, seed=self.config.seed, epoch=self.epoch, sample=sample)
+    def _noise(self, sample: int, epoch: int, length: int) -> Tensor:
+        return sample_noise(length, self.config.block_size, seed=self.config.seed, epoch=epoch, sample=sample)
 
 
 def collate(rows: list[Row], pad_token_id: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -87,8 +88,9 @@ def train(
         guards.listen()
         try:
             trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-        except OSError as error:
-            remove_broken(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not remove_broken(folder):  # it was not in a checkpoint's writing
+                raise
             raise OSError(f"a checkpoint could not be written ({error}). {last_good(folder)}") from error
         finally:
             guards.deafen()
@@ -213,6 +215,7 @@ def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
         save_total_limit=config.keep_checkpoints,
+        train_sampling_strategy="sequential",  # the rows come in the order of the run
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         report_to=list(config.report_to) or "none",

@@ -1,0 +1,130 @@
+"""Trainings that are killed, stopped, starved of disk or lost: what is left is whole, and going on ends the same."""
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_model
+from test_training import CONFIG, ENVIRONMENT, run_worker, samples, worker
+from transformers import AutoTokenizer, TrainerCallback
+
+import parablock as pb
+from parablock.checkpoints.load import BUNDLED
+from parablock.training.guards import TrainingStoppedError, checkpoints
+
+LONG: dict[str, Any] = {"steps": 24, "log_every": 1, "save_every": 2, "optimizer": "adamw"}
+
+
+def run_until(folder: Path, step: int, how: int, *flags: str, processes: int = 0) -> subprocess.Popen[str]:
+    """Start the worker and send it a signal once it has reported `step`."""
+    command = worker(folder, LONG, *flags, processes=processes)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("STEP") and int(line.split()[1]) >= step:
+            process.send_signal(how)
+            break
+    process.wait(timeout=120)
+    return process
+
+
+def test_killed_at_random_steps_it_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = run_worker(tmp_path / "whole", LONG)
+    draw = random.Random(0)
+    for step in (draw.randint(3, 8), draw.randint(11, 20)):
+        process = run_until(tmp_path / "killed", step, signal.SIGKILL, "--resume")
+        assert process.returncode == -signal.SIGKILL
+        assert not (tmp_path / "killed" / "model").exists()
+    # what a kill in the middle of a write leaves is not resumed from
+    newest = checkpoints(tmp_path / "killed" / "run")[-1]
+    broken = newest.with_name("checkpoint-23")
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    again = run_worker(tmp_path / "killed", LONG, "--resume")
+    assert not broken.exists()
+    for name, p in whole.items():
+        assert torch.equal(p, again[name]), name
+
+
+def test_sigterm_ends_with_a_checkpoint_and_nothing_is_lost(tmp_path: Path) -> None:
+    process = run_until(tmp_path / "stopped", 5, signal.SIGTERM)
+    assert process.stderr is not None
+    assert process.returncode == 1
+    assert "TrainingStoppedError: stopped by SIGTERM after step" in process.stderr.read()
+    newest = checkpoints(tmp_path / "stopped" / "run")[-1]
+    assert int(newest.name.split("-")[1]) >= 5
+    again = run_worker(tmp_path / "stopped", LONG, "--resume")
+    for name, p in run_worker(tmp_path / "whole", LONG).items():
+        assert torch.equal(p, again[name]), name
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                model.lm_head.weight.data[0, 0] = float("nan")
+
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
+    config = replace(CONFIG, steps=12, save_every=2, log_every=20)
+    model = small_model(initializer_range=0.05)
+    with pytest.raises(ValueError, match=r"no longer finite after step 6; lower the learning.*last good.*checkpoint-4"):
+        pb.train(model, tokenizer, samples(60), config, tmp_path, callbacks=[Poison()])
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    model = small_model(initializer_range=0.05)
+    config = replace(config, log_every=1, save_every=0)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 6.*No checkpoint was written"):
+        pb.train(model, tokenizer, samples(60), config, tmp_path / "b", callbacks=[Poison()])
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path[:0] = sys.argv.pop(1).split(":")
+from dataclasses import replace
+from transformers import AutoTokenizer, TrainerCallback
+import parablock as pb
+from conftest import small_model
+from parablock.checkpoints.load import BUNDLED
+from test_training import CONFIG, samples
+
+class Fill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:  # from now on no file can grow beyond 20 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
+config = replace(CONFIG, steps=12, save_every=2)
+pb.train(small_model(), tokenizer, samples(60), config, sys.argv[1], callbacks=[Fill()])
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", FULL_DISK, f"{here}:{here.parent / 'benchmarks'}", str(tmp_path / "run")]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
+    assert out.returncode == 1
+    assert "a checkpoint could not be written" in out.stderr
+    assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}" in out.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # it was the other process
+
+
+def test_sigterm_is_given_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingStoppedError, match=r"after step 3\. No checkpoint was written"):
+        pb.train(small_model(), tokenizer, samples(60), CONFIG, tmp_path, callbacks=[Terminate()])
+    assert signal.getsignal(signal.SIGTERM) is before
