@@ -9,12 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
 from parablock import __version__
-from parablock.config import DecodeConfig
+from parablock.config import AdaptConfig, DecodeConfig
 
 app = typer.Typer(
     help="Turn autoregressive language models into block-diffusion models and decode them many tokens at a time.",
@@ -28,7 +28,9 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A checkpoint directory, a hub id, 'bundled' or 'bundled-ar'.")
 ]
 
-DEFAULTS = DecodeConfig()
+Given = dict[str, Any]  # options of a config class, by name
+NOTHING: Given = {}
+
 DECODE_HELP = {
     "mode": "'diffusion' (several tokens per forward) or 'autoregressive'.",
     "max_new_tokens": "The answer is at most this long, exactly. Default: 512, less if the context is shorter.",
@@ -48,34 +50,95 @@ DECODE_HELP = {
 }
 
 
-def _decode_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(..., config)` one option per field of `DecodeConfig` instead of `config`."""
-    hints = get_type_hints(DecodeConfig)
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "config"]
-    extra = []
-    for f in dataclasses.fields(DecodeConfig):
-        kind: Any = hints[f.name]
-        if f.name in ("mode", "strategy"):
-            kind = str
-        elif f.name == "stop_token_ids":
-            kind = list[int] | None
-        option = typer.Option(help=DECODE_HELP[f.name], rich_help_panel="Decoding")
-        extra.append(
-            inspect.Parameter(
-                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[kind, option]
-            )
-        )
+ADAPT_HELP = {
+    "data": "A JSONL or Parquet file or folder, a hub id ORG/NAME[:CONFIG][@SPLIT], alpaca, nemotron, word-problems.",
+    "mode": "'diffusion' adapts; 'autoregressive' trains as before.",
+    "steps": "Optimisation steps.",
+    "batch_size": "Rows per step, over all processes.",
+    "micro_batch_size": "Rows per forward and process.",
+    "context_length": "Tokens per row.",
+    "packing": "Fill rows with several samples.",
+    "isolate_samples": "Samples in one row see nothing of each other; without it as published.",
+    "block_padding": "No block holds two samples (ablation: without).",
+    "block_size": "Tokens decoded together.",
+    "complementary": "Learn every token once, in two views (ablation: without).",
+    "first_token_context": "What predicts a block's first token: the 'noisy' block before it (published), or 'clean'.",
+    "ar_loss_weight": "Weight of an autoregressive loss beside, which keeps the AR mode alive.",
+    "optimizer": "'adamw' or 'muon'.",
+    "lr": "AdamW's learning rate.",
+    "muon_lr": "Muon's learning rate.",
+    "weight_decay": "Weight decay.",
+    "schedule": "'cosine' to zero, or 'stable' with a linear end.",
+    "warmup_steps": "Linear warm-up.",
+    "decay_share": "For 'stable': the share of the steps in which the rate falls.",
+    "max_grad_norm": "Gradients are clipped to this norm.",
+    "bf16": "Mixed precision.",
+    "gradient_checkpointing": "Less memory, a third more time.",
+    "fsdp": "Shard over the processes of torchrun (FSDP2).",
+    "seed": "Of order and noise.",
+    "log_every": "Steps between log lines.",
+    "save_every": "Steps between checkpoints to resume from; 0: none.",
+    "keep_checkpoints": "How many of them are kept.",
+    "report_to": "Also log to 'tensorboard', 'wandb', 'trackio' (repeatable).",
+    "max_samples": "Use only the first so many.",
+    "too_long": "Samples longer than the context: 'drop', 'truncate' or 'refuse'.",
+    "streaming": "Fetch only what max_samples needs of a hub dataset.",
+    "data_workers": "Processes that tokenize.",
+    "lora_rank": "Train a LoRA adapter of this rank; 0: all weights.",
+    "lora_alpha": "LoRA's scale.",
+    "lora_dropout": "LoRA's dropout.",
+    "check_every": "Steps between checks on held-out prompts; 0: none.",
+    "check_samples": "How many prompts a check answers.",
+}
 
-    @functools.wraps(command)
-    def wrapper(**given: Any) -> None:
-        decode = {p.name: given.pop(p.name) for p in extra}
-        stops = decode["stop_token_ids"]
-        decode["stop_token_ids"] = tuple(stops) if stops else None
-        command(**given, config=DecodeConfig(**decode))  # wrong settings are told before anything is loaded
+Command = Callable[..., None]
 
-    wrapper.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *extra]}
-    return wrapper
+
+def _options_of(
+    config_class: Any, texts: dict[str, str], panel: str, *, defaults: bool
+) -> Callable[[Command], Command]:
+    """Give `command(..., given)` one option per field of `config_class` that `texts` explains.
+
+    `given` maps the fields' names to values. Without `defaults` an option that is not used is None: it leaves the
+    setting to a recipe.
+    """
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(config_class)
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+        extra = []
+        for f in dataclasses.fields(config_class):
+            if f.name not in texts:
+                continue
+            kind: Any = hints[f.name]
+            if get_origin(kind) is Literal:
+                kind = str
+            elif f.name == "stop_token_ids":
+                kind = list[int] | None
+            elif f.name == "report_to":
+                kind = list[str]
+            option = typer.Option(help=texts[f.name], rich_help_panel=panel)
+            if not defaults:
+                kind = kind | None
+            default = f.default if defaults else None
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            extra.append(inspect.Parameter(f.name, keyword, default=default, annotation=Annotated[kind, option]))
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> None:
+            given = {p.name: values.pop(p.name) for p in extra}
+            given = {name: (tuple(v) or None) if isinstance(v, list) else v for name, v in given.items()}
+            command(**values, given=given)
+
+        wrapper.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *extra]}
+        return wrapper
+
+    return decorate
+
+
+_decode_options = _options_of(DecodeConfig, DECODE_HELP, "Decoding", defaults=True)
+_adapt_options = _options_of(AdaptConfig, ADAPT_HELP, "Recipe", defaults=False)
 
 
 def _load(model: str, config: DecodeConfig) -> tuple[Any, Any]:
@@ -97,9 +160,10 @@ def generate(
     model: ModelOption = "bundled",
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens and figures.")] = False,
-    config: DecodeConfig = DEFAULTS,
+    given: Given = NOTHING,
 ) -> None:
     """Answer one prompt, to stdout."""
+    config = DecodeConfig(**given)  # wrong settings are told before anything is loaded
     if prompt is None and sys.stdin.isatty():
         raise ValueError("there is no prompt; pass it as an argument or on stdin")
     text = sys.stdin.read() if prompt in (None, "-") else prompt
@@ -137,9 +201,10 @@ def chat(
         bool | None,
         typer.Option(help="Send earlier turns along. Default: yes, but not to the bundled models (single questions)."),
     ] = None,
-    config: DecodeConfig = DEFAULTS,
+    given: Given = NOTHING,
 ) -> None:
     """Talk to a model in the terminal."""
+    config = DecodeConfig(**given)
     from rich.console import Console
 
     from parablock.app.terminal import chat as converse
@@ -167,6 +232,33 @@ def demo(
     count = (30 if quick else 100) if problems is None else problems
     minutes = 0.0 if bundled else 1.0 if quick else 3.0
     run_demo(DemoConfig(seed, count, minutes, folder, report), Console(highlight=False))
+
+
+@app.command()
+@_adapt_options
+def adapt(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder; its model/ is the checkpoint.")],
+    model: Annotated[str | None, typer.Argument(help="The AR checkpoint: a directory or a hub id.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file of settings; options override it.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in the folder, if there is one.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print counts, fill rate, a row with masks, the cost.")] = False,
+    given: Given = NOTHING,
+) -> None:
+    """Adapt a model to block diffusion on your data; under torchrun on many processes."""
+    from parablock.training.recipe import make_config, read_recipe
+
+    settings = read_recipe(recipe) if recipe else {}
+    config = make_config(settings | {k: v for k, v in {"model": model, **given}.items() if v is not None})
+    from rich.console import Console
+
+    from parablock.adapt import adapt as run
+    from parablock.training.guards import TrainingStoppedError
+
+    try:
+        run(config, output, Console(highlight=False), resume=resume, dry_run=dry_run)
+    except TrainingStoppedError as stopped:
+        print(f"parablock: {stopped}; --resume continues", file=sys.stderr)
+        raise typer.Exit(143) from None
 
 
 @app.command()

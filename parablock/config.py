@@ -105,6 +105,42 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class AdaptConfig(TrainConfig):
+    """A whole adaptation: the recipe (`TrainConfig`), and what it starts from.
+
+    `data` as `data.sources.load_data` reads it; `too_long` says what happens to samples longer than the context
+    ("drop", "truncate", "refuse"), `streaming` fetches only the `max_samples` that are used. `lora_rank` above 0 trains
+    a LoRA adapter of that rank on all linear layers instead of the weights. Every `check_every` steps (0: never)
+    `check_samples` held-out prompts are answered.
+    """
+
+    model: str = ""
+    data: str = ""
+    lr: float = 2e-5
+    schedule: Literal["stable", "cosine"] = "cosine"
+    micro_batch_size: int = 1
+    max_samples: int | None = None
+    too_long: Literal["drop", "truncate", "refuse"] = "drop"
+    streaming: bool = False
+    data_workers: int = 1
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    check_every: int = 0
+    check_samples: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, remedy in (("model", "a directory or hub id"), ("data", "a file, a hub id or a shorthand")):
+            _require(bool(getattr(self, name)), name, getattr(self, name), f"name {remedy}")
+        _require_choice("too_long", self.too_long, Literal["drop", "truncate", "refuse"])
+        for name in ("max_samples", "data_workers", "check_samples"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "use at least 1")
+        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "use 0 (no LoRA) or more")
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """How text is decoded. `mode="diffusion"` reveals several tokens per forward, `"autoregressive"` one.
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from parablock.checkpoints.checks import check_architecture, check_directory, check_loaded, read_json
 from parablock.checkpoints.mask_token import prepare
+from parablock.checkpoints.save import ADAPTER_FIELDS
 from parablock.config import Model, require_library
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
@@ -116,6 +117,8 @@ def _load_adapter(path: Path, options: dict[str, Any], block_size: int | None) -
     from peft import PeftModel
 
     model, tokenizer = _load_model(base, base, {"trust_remote_code": False}, options)
+    if block_size is None and (path / ADAPTER_FIELDS).is_file():
+        block_size = read_json(path / ADAPTER_FIELDS).get("bd_size")
     prepare(model, tokenizer, block_size)
     with _in_one_line(str(path)):
         return PeftModel.from_pretrained(model, str(path)), tokenizer

@@ -1,5 +1,6 @@
 """Write checkpoints, whole or not at all."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 from torch import distributed
 
 from parablock.config import Model
+
+ADAPTER_FIELDS = "block_diffusion.json"  # what a LoRA adapter's own files have no place for
 
 
 def save(model: Model, tokenizer: Any, path: str | Path) -> None:
@@ -26,6 +29,9 @@ def save(model: Model, tokenizer: Any, path: str | Path) -> None:
     with new_directory(path) as whole:
         model.save_pretrained(whole, state_dict=weights)
         tokenizer.save_pretrained(whole)
+        if (whole / "adapter_config.json").is_file():
+            fields = {name: getattr(model.config, name, None) for name in ("bd_size", "mask_token_id")}
+            (whole / ADAPTER_FIELDS).write_text(json.dumps(fields) + "\n")
 
 
 def _gathered(model: Model) -> dict[str, Any] | None:

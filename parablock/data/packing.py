@@ -16,7 +16,7 @@ def pad_to_block(sample: Sample, block_size: int, pad_token_id: int) -> Sample:
 
 
 def pack(lengths: Sequence[int], block_size: int, context_length: int) -> list[list[int]]:
-    """Share samples of the given `lengths` (tokens) out over rows: first fit, in order of decreasing length.
+    """Share samples of the given `lengths` (tokens) out over rows: the fullest row that still fits, longest first.
 
     Returns the sample indices of every row. A sample's length counts rounded up to whole blocks.
 
@@ -24,21 +24,20 @@ def pack(lengths: Sequence[int], block_size: int, context_length: int) -> list[l
         ValueError: a sample is longer than a row.
     """
     rows: list[list[int]] = []
-    room: list[int] = []  # tokens left in each row
-    first_open = 0  # rows before this one are full
+    with_room: list[list[int]] = [[] for _ in range(context_length // block_size + 1)]  # rows, by blocks left
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        need = lengths[index] + -lengths[index] % block_size
-        if need > context_length:
+        need = -(-lengths[index] // block_size)
+        if need >= len(with_room):
             raise ValueError(
                 f"sample {index} has {lengths[index]} tokens, more than the context length {context_length}; "
                 "raise context_length or drop the sample"
             )
-        row = next((r for r in range(first_open, len(rows)) if room[r] >= need), len(rows))
-        if row == len(rows):
+        room = next((blocks for blocks in range(need, len(with_room)) if with_room[blocks]), None)
+        if room is None:
+            room, row = len(with_room) - 1, len(rows)
             rows.append([])
-            room.append(context_length)
+        else:
+            row = with_room[room].pop()
         rows[row].append(index)
-        room[row] -= need
-        while first_open < len(rows) and room[first_open] < block_size:
-            first_open += 1
+        with_room[room - need].append(row)
     return rows

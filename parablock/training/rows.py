@@ -19,11 +19,13 @@ class RowDataset(Dataset[Row]):
     """All rows of a training in the order they are trained on, epoch after epoch, each sample with its own noise.
 
     Item i is row i of the run: the same however many processes share the rows out, and wherever the run is resumed.
-    `samples` may be lazy (anything with `len` and indexing); packing has to read all of them once. The switches are
-    those of `TrainConfig`.
+    `samples` may be lazy (anything with `len` and indexing); packing reads all of them once unless their `lengths` are
+    given. The switches are those of `TrainConfig`.
     """
 
-    def __init__(self, samples: Sequence[Sample], config: TrainConfig, pad_token_id: int) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], config: TrainConfig, pad_token_id: int, lengths: Sequence[int] | None = None
+    ) -> None:
         if not len(samples):
             raise ValueError("there are no samples to train on")
         self.samples = samples
@@ -32,7 +34,8 @@ class RowDataset(Dataset[Row]):
         self.groups: Sequence[Sequence[int]] = [[number] for number in range(len(samples))]
         if config.packing:
             aligned_to = config.block_size if config.block_padding else 1
-            self.groups = pack([len(s.input_ids) for s in samples], aligned_to, config.context_length)
+            lengths = [len(s.input_ids) for s in samples] if lengths is None else list(lengths)
+            self.groups = pack(lengths, aligned_to, config.context_length)
         self._order: tuple[int, list[int]] = (-1, [])  # of the epoch that was read last
 
     def __len__(self) -> int:

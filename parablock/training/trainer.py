@@ -44,6 +44,7 @@ def train(
     config: TrainConfig,
     output_dir: str | Path,
     *,
+    lengths: Sequence[int] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -51,10 +52,11 @@ def train(
     """Train `model` in place on `samples`; returns it.
 
     With `mode="diffusion"` the model's config must hold `mask_token_id`; block size and mask id are recorded there, so
-    that what is saved afterwards is a block-diffusion checkpoint. `output_dir` receives the Trainer's own checkpoints
-    (every `save_every` steps); with `resume` training continues from the newest whole one there, if there is any, and
-    ends with the very weights of a run that was never interrupted. `progress(step, logs)` is called every `log_every`
-    steps with the Trainer's log (`loss`, ...). SIGTERM ends the run after the step, with a checkpoint.
+    that what is saved afterwards is a block-diffusion checkpoint. `lengths`: the samples' token counts, if known.
+    `output_dir` receives the Trainer's own checkpoints (every `save_every` steps); with `resume` training continues
+    from the newest whole one there, if there is any, and ends with the very weights of a run that was never
+    interrupted. `progress(step, logs)` is called every `log_every` steps with the Trainer's log (`loss`, ...). SIGTERM
+    ends the run after the step, with a checkpoint.
 
     Raises:
         ValueError: no mask or padding token, no samples, checkpoints in `output_dir` without `resume`, or a loss that
@@ -70,7 +72,7 @@ def train(
     common: dict[str, Any] = {
         "model": model,
         "args": _arguments(config, output_dir),
-        "train_dataset": RowDataset(samples, config, padding),
+        "train_dataset": RowDataset(samples, config, padding, lengths),
         "data_collator": partial(collate, pad_token_id=padding),
         "callbacks": [*callbacks, *([_Report(progress)] if progress else []), guards],
     }

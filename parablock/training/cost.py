@@ -1,0 +1,60 @@
+"""What a training will cost, computed before it starts: tokens, floating-point operations, memory, GPU-hours."""
+
+from dataclasses import dataclass
+
+from parablock.config import TrainConfig
+
+GPUS = {"A100": (312e12, 80), "H100": (989e12, 80), "RTX 4090": (165e12, 24)}  # dense bf16 FLOP/s, GB
+UTILISATION = 0.4  # the share of the peak that trainings of this kind reach
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model's shape the cost depends on. `parameters` counts all of them, the embeddings included."""
+
+    parameters: float
+    layers: int
+    hidden: int
+    vocabulary: int
+    trainable: float | None = None  # None: all
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`row_tokens` enter the model as data, `forward_tokens` run through it (clean and noisy units together)."""
+
+    row_tokens: float
+    forward_tokens: float
+    flops: float
+    memory_gb: float  # of one GPU without sharding; activations of one micro-batch included
+
+    def gpu_hours(self, gpu: str) -> float:
+        """Hours on one GPU of that name at 40 % of its peak."""
+        return self.flops / (GPUS[gpu][0] * UTILISATION) / 3600
+
+
+def estimate(shape: Shape, config: TrainConfig, *, learned_share: float, fill: float = 1.0) -> Cost:
+    """The cost of a run; `learned_share` of the tokens are responses, rows are filled to `fill`.
+
+    Every token runs once clean; a response token also in two noisy copies, or in one without the complementary view.
+    The head runs at learned positions only. Backward costs twice the forward, gradient checkpointing one forward more.
+    Training state: weights, gradients and two moments in float32 (16 bytes a parameter); frozen weights in bf16.
+    """
+    rows = config.batch_size * config.steps
+    row_tokens = rows * config.context_length * fill
+    copies = {"autoregressive": 0, "diffusion": 2 if config.complementary else 1}[config.mode]
+    forward_tokens = row_tokens * (1 + copies * learned_share + (config.ar_loss_weight > 0))
+    head = shape.vocabulary * shape.hidden
+    body = shape.parameters - head
+    passes = 4 if config.gradient_checkpointing else 3
+    attention = 2 * shape.layers * shape.hidden * config.context_length / 2  # q k and weights v over half the row
+    learned = row_tokens * learned_share * (1 if config.complementary else 0.5)
+    flops = passes * 2 * (forward_tokens * (body + attention) + learned * head)
+
+    trainable = shape.parameters if shape.trainable is None else shape.trainable
+    state = 16 * trainable + (0 if shape.trainable is None else 2 * shape.parameters)
+    tokens = forward_tokens / rows * config.micro_batch_size
+    kept = 2 if config.gradient_checkpointing else 34  # bytes per token, layer and hidden unit
+    activations = tokens * shape.hidden * (kept * shape.layers + 34)
+    logits = 3 * 4 * min(2**26, tokens * shape.vocabulary)
+    return Cost(row_tokens, forward_tokens, flops, (state + activations + logits) / 1e9)
