@@ -41,13 +41,9 @@ def adapt(config: AdaptConfig, output: Path, console: Console, *, resume: bool =
     Raises:
         ValueError: what `load`, `load_data` and `train` refuse, or an `output` that holds a run (without `resume`).
     """
-    if (output / MODEL).exists():
-        raise ValueError(f"{str(output)!r} holds a finished run; name another folder")
-    if not dry_run and not resume and output.exists() and any(output.iterdir()):
-        raise ValueError(
-            f"{str(output)!r} is not empty; pass --resume to continue the run there, or name another folder"
-        )
     first = int(os.environ.get("RANK", "0")) == 0
+    if first:  # the others may come when it has begun to write
+        _require_free(output, resume or dry_run)
     console.quiet = not first
     model, tokenizer = _load(config)
     data = load_data(
@@ -76,6 +72,13 @@ def adapt(config: AdaptConfig, output: Path, console: Console, *, resume: bool =
         _finish(output, console)
 
 
+def _require_free(output: Path, may_hold_a_run: bool) -> None:
+    if (output / MODEL).exists():
+        raise ValueError(f"{str(output)!r} holds a finished run; name another folder")
+    if not may_hold_a_run and output.exists() and any(output.iterdir()):
+        raise ValueError(f"{str(output)!r} is not empty; pass --resume to continue the run there, or name a new folder")
+
+
 def _load(config: AdaptConfig) -> tuple[Model, Any]:
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32  # frozen weights need no more
@@ -90,7 +93,7 @@ def _load(config: AdaptConfig) -> tuple[Model, Any]:
             model,
             LoraConfig(
                 r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                target_modules="all-linear",
+                target_modules="all-linear", task_type="CAUSAL_LM",
             ),
         )  # fmt: skip
     return model, tokenizer

@@ -1,5 +1,6 @@
 """Load a checkpoint: the bundled models, Fast-dLLM v2 checkpoints, any AR decoder, LoRA adapters."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def load(
     import torch
 
     name = str(path_or_id)
-    target = str(Path(BUNDLED_MODELS.get(name, path_or_id)).expanduser())
+    target = os.path.expanduser(BUNDLED_MODELS.get(name, path_or_id))
     if device is not None and device_map is not None:
         raise ValueError(f"device={device!r} and device_map={device_map!r} exclude each other; pass one")
     if device_map is None:

@@ -1,11 +1,18 @@
 """Where samples come from: local JSONL and Parquet files, datasets of the hub, and the bundled task."""
 
+import hashlib
+import inspect
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock
+
 from parablock.config import require_library
+from parablock.data import chat, formats
 from parablock.data.chat import IGNORE, Sample, encode_chat
 from parablock.data.formats import to_chat
 from parablock.data.word_problems import EncodedProblems
@@ -76,17 +83,27 @@ def load_data(
         raise ValueError(f"data={spec!r} has no rows; check the file, or the split")
     to_chat(rows[0])  # unknown columns are told at once, not by a worker
     encode = {"tokenizer": tokenizer, "context_length": context_length, "too_long": too_long}
-    encoded = rows.map(
-        _encode, fn_kwargs=encode, remove_columns=rows.column_names, num_proc=workers if workers > 1 else None,
-        desc="tokenizing", load_from_cache_file=False,
-    )  # fmt: skip
+    key = _key(rows, tokenizer, context_length, too_long)
+    with FileLock(f"{rows.cache_files[0]['filename'] if rows.cache_files else tempfile.gettempdir()}.{key}.lock"):
+        # of several processes the first one tokenizes, the others read what it has written
+        encoded = rows.map(
+            _encode, fn_kwargs=encode, remove_columns=rows.column_names, num_proc=workers if workers > 1 else None,
+            desc="tokenizing", new_fingerprint=key,
+        )  # fmt: skip
+        usable = encoded.filter(_usable, input_columns="fate", new_fingerprint=f"{key}-usable")
     fates = encoded["fate"]
     counts = {fate: sum(f == fate for f in fates) for fate in (KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN)}
-    usable = encoded.filter(_usable, input_columns="fate", load_from_cache_file=False)
     if not len(usable):
         told = ", ".join(f"{n} {fate}" for fate, n in counts.items() if n)
         raise ValueError(f"data={spec!r} has no sample to learn from ({told}); check the roles and context_length")
     return Data(_Encoded(usable.select_columns(["input_ids", "labels"])), list(usable["length"]), counts)
+
+
+def _key(rows: Any, tokenizer: Any, *settings: object) -> str:
+    """Names the samples that these rows, this tokenizer, these settings and this code make."""
+    code = "".join(inspect.getsource(module) for module in (chat, formats, sys.modules[__name__]))
+    known = (rows._fingerprint, sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, settings, code)
+    return hashlib.blake2b(repr(known).encode(), digest_size=8).hexdigest()
 
 
 def _rows(spec: str, max_samples: int | None, streaming: bool) -> Any:
@@ -128,12 +145,12 @@ def _take(rows: Any, count: int | None) -> Iterator[dict[str, Any]]:
 def _encode(row: dict[str, Any], tokenizer: Any, context_length: int, too_long: TooLong) -> dict[str, Any]:
     """A row's sample and its fate."""
     # a table's missing fields come back as None
-    chat = to_chat({name: value for name, value in row.items() if value is not None})
-    if isinstance(chat, str):
-        ids = [*tokenizer(chat)["input_ids"], tokenizer.eos_token_id]
+    said = to_chat({name: value for name, value in row.items() if value is not None})
+    if isinstance(said, str):
+        ids = [*tokenizer(said)["input_ids"], tokenizer.eos_token_id]
         sample = Sample(ids, list(ids))
-    elif any(message["role"] == "assistant" for message in chat):
-        sample = encode_chat(tokenizer, chat)
+    elif any(message["role"] == "assistant" for message in said):
+        sample = encode_chat(tokenizer, said)
     else:
         sample = Sample([], [])
     fate = KEPT

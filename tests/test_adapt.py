@@ -1,0 +1,239 @@
+"""`parablock adapt` as users run it: files and formats in, a checkpoint out; recipes, dry run, resume, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import parablock as pb
+from parablock.checkpoints.load import BUNDLED
+from parablock.data.chat import IGNORE, encode_chat
+from parablock.data.formats import to_chat
+from parablock.data.sources import load_data
+from parablock.data.word_problems import word_problem
+from parablock.training.cost import Shape, estimate
+from parablock.training.recipe import make_config, read_recipe
+
+OFFICIAL = Path(__file__).parent / "official"
+SMALL = ("--batch-size", "4", "--micro-batch-size", "4", "--context-length", "256", "--log-every", "1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
+
+
+def run(*args: str | Path, processes: int = 0) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    command = [sys.executable, *launcher, "-m", "parablock", *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+CHAT = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": CHAT}, CHAT),
+        (
+            {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}], "id": 3},
+            CHAT,
+        ),
+        ({"instruction": "Two and two?", "input": "", "output": "Four."}, CHAT),
+        ({"instruction": "Add.", "input": "2 2", "output": "4"}, [("user", "Add.\n\n2 2"), ("assistant", "4")]),
+        ({"prompt": "Two and two?", "completion": "Four."}, CHAT),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CHAT),
+        ({"question": "Two and two?", "answer": "Four."}, CHAT),
+        ({"input": CHAT[:1], "output": "Four.", "system_prompt": "Be brief.", "category": "math"}, [SYSTEM, *CHAT]),
+        ({"text": "All of this."}, "All of this."),
+    ],
+    ids=["messages", "sharegpt", "alpaca", "alpaca-input", "prompt", "prompt-messages", "gsm8k", "nemotron", "text"],
+)
+def test_formats(row: dict[str, Any], expected: Any) -> None:
+    if isinstance(expected, list):
+        expected = [{"role": m[0], "content": m[1]} if isinstance(m, tuple) else m for m in expected]
+    assert to_chat(row) == expected
+
+
+def test_unknown_formats_are_named() -> None:
+    with pytest.raises(ValueError, match=r"the columns body, title are no known format; expected messages"):
+        to_chat({"title": "a", "body": "b"})
+    with pytest.raises(ValueError, match=r"a message has the fields speaker, words; expected from and value"):
+        to_chat({"conversations": [{"speaker": "a", "words": "b"}]})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files(tokenizer: Any, tmp_path: Path, kind: str, streaming: bool) -> None:
+    chats = [word_problem("train", 7, i).messages() for i in range(12)]
+    rows = [{"messages": chat} for chat in chats]
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "folder":
+        path.mkdir()
+        write_rows(path / "a.jsonl", rows[:5])
+        write_rows(path / "b.jsonl", rows[5:])
+    else:
+        write_rows(path, rows)
+    data = load_data(tokenizer, str(path), context_length=256, streaming=streaming, max_samples=10)
+    expected = [encode_chat(tokenizer, chat) for chat in chats[:10]]
+    assert [data.samples[i] for i in range(len(data.samples))] == expected
+    assert list(data.lengths or ()) == [len(sample.input_ids) for sample in expected]
+    assert data.counts["kept"] == 10
+
+
+def test_too_long_samples_are_counted_and_treated_as_asked(tokenizer: Any, tmp_path: Path) -> None:
+    chats = [word_problem("train", 7, i).messages() for i in range(20)]
+    path = write_rows(tmp_path / "data.jsonl", [{"messages": chat} for chat in chats])
+    lengths = [len(encode_chat(tokenizer, chat).input_ids) for chat in chats]
+    limit = sorted(lengths)[10]
+    over = sum(length > limit for length in lengths)
+    dropped = load_data(tokenizer, str(path), context_length=limit, too_long="drop")
+    assert (dropped.counts["kept"], dropped.counts["too long"]) == (20 - over, over)
+    cut = load_data(tokenizer, str(path), context_length=limit, too_long="truncate")
+    assert (len(cut.samples), cut.counts["truncated"]) == (20, over)
+    assert max(cut.lengths or ()) == limit
+    with pytest.raises(ValueError, match=f"more than context_length={limit}"):
+        load_data(tokenizer, str(path), context_length=limit, too_long="refuse")
+
+
+def test_real_text_with_the_published_tokenizer_counted_twice(tmp_path: Path) -> None:
+    """GSM8K's style of data through Qwen2.5's template; counts checked against a plain second computation."""
+    tokenizer = AutoTokenizer.from_pretrained(OFFICIAL)
+    problems = [word_problem("train", 3, i) for i in range(40)]
+    rows = [{"question": p.question, "answer": p.answer} for p in problems]
+    data = load_data(tokenizer, str(write_rows(tmp_path / "gsm.jsonl", rows)), context_length=512)
+    head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    head += "{}<|im_end|>\n<|im_start|>assistant\n"
+    for row, sample in zip(rows, (data.samples[i] for i in range(40)), strict=True):
+        prompt = tokenizer(head.format(row["question"]))["input_ids"]
+        answer = tokenizer(row["answer"] + "<|im_end|>")["input_ids"]
+        assert sample.input_ids == prompt + answer
+        assert sample.labels == [IGNORE] * len(prompt) + answer
+
+
+def test_adapt_from_a_file_to_a_checkpoint(tmp_path: Path) -> None:
+    chats = [{"messages": word_problem("train", 7, i).messages()} for i in range(80)]
+    data = write_rows(tmp_path / "chats.jsonl", chats)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"data": str(data), "steps": 3, "lr": "1e-3", "check_every": 2, "check_samples": 4})
+    )
+    out = run("adapt", "bundled-ar", "--recipe", recipe, "-o", tmp_path / "run", *SMALL, "--steps", "4")
+    assert out.returncode == 0, out.stderr
+    for said in ("80 kept", "fill rate", "cost:", "step      4  loss", "check: ", "is the adapted checkpoint"):
+        assert said in out.stdout, said
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"model", "recipe.yaml", "log.jsonl", "loss.png"}
+    model, tokenizer = pb.load(tmp_path / "run" / "model")
+    assert (model.config.bd_size, model.config.mask_token_id) == (32, 3)
+    assert pb.generate(model, tokenizer("4+7=")["input_ids"], pb.DecodeConfig(max_new_tokens=8)).tokens
+    written = read_recipe(tmp_path / "run" / "recipe.yaml")
+    assert (written["steps"], written["lr"], written["model"]) == (4, 1e-3, "bundled-ar")
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in log if "accuracy" in entry] == [2, 4]
+    again = run("adapt", "bundled-ar", "--recipe", recipe, "-o", tmp_path / "run", *SMALL)
+    assert (again.returncode, len(again.stderr.strip().splitlines())) == (2, 1)
+    assert "holds a finished run" in again.stderr
+    # the written recipe makes the same run again
+    out = run("adapt", "--recipe", tmp_path / "run" / "recipe.yaml", "-o", tmp_path / "again")
+    assert out.returncode == 0, out.stderr
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    out = run("adapt", "bundled-ar", "--data", "word-problems", "-o", tmp_path / "run", *SMALL, "--dry-run")
+    assert out.returncode == 0, out.stderr
+    assert "<|im_start|>assistant" in out.stdout
+    assert "GPU-hours" in out.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_under_torchrun(tmp_path: Path) -> None:
+    options = (*SMALL, "--steps", "2", "--lora-rank", "4", "--micro-batch-size", "2", "--block-size", "16")
+    chats = [{"messages": word_problem("train", 7, i).messages()} for i in range(60)]
+    data = write_rows(tmp_path / "chats.jsonl", chats)
+    command = ("adapt", "bundled-ar", "--data", data, "-o", tmp_path / "run", *options)
+    out = run(*command, processes=2)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("fill rate") == 1  # the first process speaks
+    assert out.stderr.count("tokenizing: 100%") == 1  # and tokenizes, for both
+    model, tokenizer = pb.load(tmp_path / "run" / "model")
+    assert type(model).__name__ == "PeftModelForCausalLM"
+    assert model.config.bd_size == 16
+    pb.export(model, tokenizer, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "word-problems"], "model=''"),
+        (["bundled-ar"], "data=''"),
+        (["bundled-ar", "--data", "nothing.jsonl"], "there is no data at 'nothing.jsonl'"),
+        (["bundled-ar", "--data", "empty.jsonl"], "data='empty.jsonl' is empty"),
+        (["bundled-ar", "--data", "odd.jsonl"], "the columns body, title are no known format"),
+        (["bundled-ar", "--data", "silent.jsonl"], "no sample to learn from (1 nothing to learn)"),
+        (["bundled-ar", "--data", "broken.jsonl"], "could not be read"),
+        (["bundled-ar", "--data", "word-problems", "--recipe", "none.yaml"], "there is no recipe at 'none.yaml'"),
+        (["bundled-ar", "--data", "word-problems", "--recipe", "typo.yaml"], "unknown settings (stepps)"),
+        (["bundled-ar", "--data", "word-problems", "--block-size", "7"], "context_length=2048"),
+        (["bundled-ar", "--data", "word-problems", "--schedule", "step"], "schedule='step'"),
+        (["bundled-ar", "--data", "word-problems", "-o", "full"], "'full' is not empty; pass --resume"),
+        (["plain", "--data", "ok.jsonl"], "the tokenizer has no chat template"),
+    ],
+)
+def test_bad_input(args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    Path("broken.jsonl").write_text("{ not json\n")
+    write_rows(Path("odd.jsonl"), [{"title": "a", "body": "b"}])
+    write_rows(Path("silent.jsonl"), [{"messages": CHAT[:1]}])
+    write_rows(Path("ok.jsonl"), [{"messages": CHAT}])
+    Path("typo.yaml").write_text("stepps: 3\n")
+    Path("full").mkdir()
+    Path("full", "notes.txt").touch()
+    if args[0] == "plain":
+        model, tokenizer = pb.load("bundled")
+        tokenizer.chat_template = None
+        pb.save(model, tokenizer, "plain")
+    output = [] if "-o" in args else ["-o", "run"]
+    out = run("adapt", *args, *output)
+    assert out.returncode == 2, out.stderr
+    last = out.stderr.strip().splitlines()[-1]
+    assert last.startswith("parablock: ")
+    assert message in last
+    assert "Traceback" not in out.stderr
+    assert not Path("run").exists()
+
+
+def test_cost_is_what_a_hand_finds() -> None:
+    shape = Shape(parameters=1000.0, layers=1, hidden=10, vocabulary=20)
+    config = make_config(
+        {"model": "m", "data": "d", "steps": 10, "batch_size": 2, "context_length": 64, "block_size": 32}
+    )
+    cost = estimate(shape, config, learned_share=0.5)
+    assert cost.row_tokens == 10 * 2 * 64
+    assert cost.forward_tokens == 2 * cost.row_tokens  # once clean, and half of it twice noisy
+    per_token = (1000 - 200) + 2 * 10 * 32
+    assert cost.flops == 3 * 2 * (cost.forward_tokens * per_token + 0.5 * cost.row_tokens * 200)
