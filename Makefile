@@ -45,7 +45,7 @@ $(VENV)/.torch: $(BIN)/python constraints.txt
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[train,plot]'
+	$(PIP) --editable '.[plot]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from parablock.bench.machine import machine
 from parablock.checkpoints.load import NotAdaptedWarning, load
 from parablock.checkpoints.save import save
 from parablock.config import AdaptConfig, DecodeConfig, Model, require_library
@@ -41,6 +42,7 @@ def adapt(config: AdaptConfig, output: Path, console: Console, *, resume: bool =
     Raises:
         ValueError: what `load`, `load_data` and `train` refuse, or an `output` that holds a run (without `resume`).
     """
+    started = time.perf_counter()
     first = int(os.environ.get("RANK", "0")) == 0
     if first:  # the others may come when it has begun to write
         _require_free(output, resume or dry_run)
@@ -67,8 +69,12 @@ def adapt(config: AdaptConfig, output: Path, console: Console, *, resume: bool =
             model, tokenizer, kept, config, output / RUN, lengths=lengths, resume=resume,
             progress=log, callbacks=checks,
         )  # fmt: skip
+    if config.mode == "autoregressive":
+        model.config.bd_size = None  # it is no block-diffusion checkpoint yet
     save(model, tokenizer, output / MODEL)
     if first:
+        report = {"seconds": time.perf_counter() - started, **machine()}
+        (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         _finish(output, console)
 
 
@@ -84,7 +90,7 @@ def _load(config: AdaptConfig) -> tuple[Model, Any]:
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32  # frozen weights need no more
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotAdaptedWarning)  # that is what comes next
-        model, tokenizer = load(config.model, block_size=config.block_size, dtype=dtype, device=device)
+        model, tokenizer = load(config.model, dtype=dtype, device=device)
     if config.lora_rank:
         require_library("peft", "train")
         from peft import LoraConfig, get_peft_model
@@ -252,5 +258,7 @@ def _finish(output: Path, console: Console) -> None:
 
         plot_losses(output / "loss.png", log, "adaptation")
         pictured = ", loss.png"
-    console.print(f"[bold]{output / MODEL}[/] is the adapted checkpoint; beside it recipe.yaml, {LOG}{pictured}")
+    console.print(
+        f"[bold]{output / MODEL}[/] is the adapted checkpoint; beside it recipe.yaml, report.json, {LOG}{pictured}"
+    )
     console.print(f"try it: parablock chat --model {output / MODEL}")

@@ -2,8 +2,8 @@
 
     python scripts/bundle_model.py --out runs/bundled
 
-Reads the stages `ar` and `diffusion` of `scripts/train_bundled.py`; writes `parablock/bundled/` and, for the card,
-evaluates both checkpoints on fresh test problems.
+Reads what the stages of `recipes/bundled/` have written (see `start_bundled.py`); writes `parablock/bundled/` and, for
+the card, evaluates both checkpoints on fresh test problems.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
-from train_bundled import PHASES, VOCABULARY
+from start_bundled import VOCABULARY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock.checkpoints.load import BUNDLED, load
@@ -26,17 +26,18 @@ from parablock.config import DecodeConfig
 from parablock.data.chat import encode_chat
 from parablock.data.word_problems import word_problem
 from parablock.evals.word_problems import MAX_NEW_TOKENS, Accuracy, evaluate, test_problems
+from parablock.training.recipe import make_config, read_recipe
 
+RECIPES = Path(__file__).parents[1] / "recipes" / "bundled"
+STAGES = ("ar-flat", "ar", "diffusion-8", "diffusion-early", "diffusion-flat", "diffusion")
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
 def bundle(out: Path, stage: str, target: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(out / stage, dtype="bfloat16")
-    if target == "ar":
-        model.config.bd_size = None
+    model = AutoModelForCausalLM.from_pretrained(out / stage / "model", dtype="bfloat16")
     path = BUNDLED / target
     shutil.rmtree(path, ignore_errors=True)
-    save(model, AutoTokenizer.from_pretrained(out / "tokenizer"), path)
+    save(model, AutoTokenizer.from_pretrained(out / stage / "model"), path)
 
 
 def calibration(score: Accuracy) -> list[tuple[str, int, float, float]]:
@@ -59,13 +60,12 @@ def training_table(out: Path, tokenizer: Any) -> str:
         [len(encode_chat(tokenizer, word_problem("train", 0, i).messages()).input_ids) for i in range(500)]
     )
     lines = ["| stage | block size | steps | problems seen | million tokens | minutes |", "|---|---|---|---|---|---|"]
-    for name, phase in PHASES.items():
-        seen = phase.recipe.steps * phase.recipe.batch_size
-        minutes = json.loads((out / f"{name}.json").read_text())["minutes"]
-        block = phase.recipe.block_size if phase.recipe.mode == "diffusion" else "AR"
-        lines.append(
-            f"| {name} | {block} | {phase.recipe.steps} | {seen} | {seen * per_problem / 1e6:.1f} | {minutes:g} |"
-        )
+    for name in STAGES:
+        recipe = make_config(read_recipe(RECIPES / f"{name}.yaml"))
+        seen = recipe.steps * recipe.batch_size
+        minutes = json.loads((out / name / "report.json").read_text())["seconds"] / 60
+        block = recipe.block_size if recipe.mode == "diffusion" else "AR"
+        lines.append(f"| {name} | {block} | {recipe.steps} | {seen} | {seen * per_problem / 1e6:.1f} | {minutes:.1f} |")
     return "\n".join(lines)
 
 

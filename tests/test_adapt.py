@@ -1,5 +1,6 @@
 """`parablock adapt` as users run it: files and formats in, a checkpoint out; recipes, dry run, resume, bad input."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from bundle_model import STAGES
+from recipe_costs import with_cost
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -141,7 +144,7 @@ def test_adapt_from_a_file_to_a_checkpoint(tmp_path: Path) -> None:
     )
     out = run("adapt", "bundled-ar", "--recipe", recipe, "-o", tmp_path / "run", *SMALL, "--steps", "4")
     assert out.returncode == 0, out.stderr
-    for said in ("80 kept", "fill rate", "cost:", "step      4  loss", "check: ", "is the adapted checkpoint"):
+    for said in ("80 kept", "fill rate", "cost:", "step      4  loss", "check: ", "is the checkpoint"):
         assert said in out.stdout, said
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"model", "recipe.yaml", "log.jsonl", "loss.png"}
     model, tokenizer = pb.load(tmp_path / "run" / "model")
@@ -237,3 +240,24 @@ def test_cost_is_what_a_hand_finds() -> None:
     assert cost.forward_tokens == 2 * cost.row_tokens  # once clean, and half of it twice noisy
     per_token = (1000 - 200) + 2 * 10 * 32
     assert cost.flops == 3 * 2 * (cost.forward_tokens * per_token + 0.5 * cost.row_tokens * 200)
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
+    config = make_config(read_recipe(path))
+    assert config.steps * config.batch_size >= 1000
+    assert path.read_text() == with_cost(path)
+
+
+def test_the_bundled_recipes_follow_each_other() -> None:
+    stages = {path.stem: read_recipe(path) for path in RECIPES if path.parent.name == "bundled"}
+    assert tuple(sorted(stages)) == tuple(sorted(STAGES))
+    before = "start"
+    for stage in STAGES:
+        assert stages[stage]["model"] == f"runs/bundled/{before}"
+        before = f"{stage}/model"
+    used = sorted((int(s["data"].split(":")[1]), s["max_samples"]) for s in stages.values())
+    assert all(first + count <= start for (first, count), (start, _) in itertools.pairwise(used))  # fresh problems each

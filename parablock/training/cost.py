@@ -37,7 +37,7 @@ def estimate(shape: Shape, config: TrainConfig, *, learned_share: float, fill: f
     """The cost of a run; `learned_share` of the tokens are responses, rows are filled to `fill`.
 
     Every token runs once clean; a response token also in two noisy copies, or in one without the complementary view.
-    The head runs at learned positions only. Backward costs twice the forward, gradient checkpointing one forward more.
+    The head runs at learned positions only. Backward costs twice the forward (once, where the weights are frozen), gradient checkpointing one forward more.
     Training state: weights, gradients and two moments in float32 (16 bytes a parameter); frozen weights in bf16.
     """
     rows = config.batch_size * config.steps
@@ -46,7 +46,7 @@ def estimate(shape: Shape, config: TrainConfig, *, learned_share: float, fill: f
     forward_tokens = row_tokens * (1 + copies * learned_share + (config.ar_loss_weight > 0))
     head = shape.vocabulary * shape.hidden
     body = shape.parameters - head
-    passes = 4 if config.gradient_checkpointing else 3
+    passes = (3 if shape.trainable is None else 2) + config.gradient_checkpointing
     attention = 2 * shape.layers * shape.hidden * config.context_length / 2  # q k and weights v over half the row
     learned = row_tokens * learned_share * (1 if config.complementary else 0.5)
     flops = passes * 2 * (forward_tokens * (body + attention) + learned * head)

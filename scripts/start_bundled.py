@@ -1,30 +1,23 @@
-"""Make the bundled model from nothing. Each stage reads what the one before it wrote:
+"""Where the bundled model begins: its tokenizer, and random weights. `parablock adapt` does the rest:
 
-    for stage in tokenizer ar-flat ar diffusion-8 diffusion-early diffusion-flat diffusion; do
-        python scripts/train_bundled.py $stage --out runs/bundled
-    done
-
-A stage that is interrupted continues from its newest checkpoint when it is started again.
+python scripts/start_bundled.py
+for stage in ar-flat ar diffusion-8 diffusion-early diffusion-flat diffusion; do
+    parablock adapt --recipe recipes/bundled/$stage.yaml --output runs/bundled/$stage --resume
+done
+python scripts/bundle_model.py
 """
 
 import argparse
 import json
-import os
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from parablock.checkpoints.save import save
-from parablock.config import TrainConfig
-from parablock.data.word_problems import NAME_ENDS, NAME_STARTS, EncodedProblems, word_problem
-from parablock.training.trainer import train
+from parablock.data.word_problems import NAME_ENDS, NAME_STARTS, word_problem
 
 VOCABULARY = 640
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
@@ -37,32 +30,6 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One training run: which weights it starts from, which training problems it draws from, and the recipe."""
-
-    start: str | None
-    first_problem: int
-    problems: int
-    recipe: TrainConfig
-
-
-MUON = TrainConfig(
-    batch_size=48, micro_batch_size=48, context_length=256, packing=False, block_size=32, optimizer="muon", lr=3e-3,
-    muon_lr=1e-2, warmup_steps=50, decay_share=0.0, save_every=250,
-)  # fmt: skip
-PHASES = {
-    "ar-flat": Phase(None, 0, 62400, replace(MUON, mode="autoregressive", steps=500)),
-    "ar": Phase(
-        "ar-flat", 62400, 12000, replace(MUON, mode="autoregressive", steps=250, warmup_steps=5, decay_share=1)
-    ),
-    "diffusion-8": Phase("ar", 80000, 14400, replace(MUON, steps=300, block_size=8)),
-    "diffusion-early": Phase("diffusion-8", 100000, 240000, replace(MUON, steps=500)),
-    "diffusion-flat": Phase("diffusion-early", 340000, 120000, replace(MUON, steps=1000, warmup_steps=5)),
-    "diffusion": Phase("diffusion-flat", 500000, 60000, replace(MUON, steps=1000, warmup_steps=5, decay_share=1)),
-}
 
 
 def tokenizer_corpus(problems: int = 4000) -> Iterator[str]:
@@ -93,7 +60,7 @@ def spaced_digits_as_added_tokens(bpe: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(data))
 
 
-def make_tokenizer(out: Path) -> None:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     # digits stand alone, each with the space before it
     pieces = Regex(r" ?\d| ?\p{L}+| ?[^\s\p{L}\d]+|\s")
@@ -118,7 +85,7 @@ def make_tokenizer(out: Path) -> None:
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(out / "tokenizer")
+    return tokenizer
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
@@ -139,42 +106,15 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM
         dtype="float32",
     )
     config.mask_token_id = tokenizer.mask_token_id
-    return Qwen2ForCausalLM._from_config(config, attn_implementation="eager")
-
-
-def run(name: str, out: Path, threads: int) -> None:
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    phase = PHASES[name]
-    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
-    if phase.start is None:
-        model = new_model(tokenizer, phase.recipe.seed)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(out / phase.start, dtype="float32", attn_implementation="eager")
-    samples = EncodedProblems(tokenizer, seed=0, start=phase.first_problem, count=phase.problems)
-    started = time.time()
-
-    def report(step: int, logs: dict[str, float]) -> None:
-        if "loss" in logs:
-            print(f"{time.time() - started:7.0f} s  step {step:5d}  loss {logs['loss']:.4f}", flush=True)
-
-    train(model, tokenizer, samples, phase.recipe, out / f"{name}-run", resume=True, progress=report)
-    save(model, tokenizer, out / name)
-    minutes = round((time.time() - started) / 60, 1)
-    (out / f"{name}.json").write_text(json.dumps({"phase": asdict(phase), "minutes": minutes}, indent=2) + "\n")
+    return Qwen2ForCausalLM._from_config(config)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["tokenizer", *PHASES])
     parser.add_argument("--out", type=Path, default=Path("runs/bundled"))
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.stage == "tokenizer":
-        make_tokenizer(args.out)
-    else:
-        run(args.stage, args.out, args.threads)
+    out = parser.parse_args().out
+    tokenizer = make_tokenizer()
+    save(new_model(tokenizer, seed=0), tokenizer, out / "start")
 
 
 if __name__ == "__main__":
