@@ -2,7 +2,9 @@
 
     python benchmarks/training_cost.py
 
-Forward and backward, in turns; the published layout gets the faster of the model's two attentions. Prints a table, then
+Forward and backward, in turns; the published layout gets the faster of the model's two attentions. Memory: the bytes
+that the forward keeps for the backward (the weights aside). On the bundled model with its own task and with rows of
+which half is prompt, and on random weights in the shape of Qwen2.5-0.5B (a vocabulary of 151,936). Prints a table, then
 one JSON line, and writes `benchmarks/results/training_cost.json`.
 """
 
@@ -10,7 +12,9 @@ import argparse
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -19,12 +23,19 @@ import torch
 from common import setting, write
 from official_layout import official_loss
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import parablock as pb
+from parablock.checkpoints.load import NotAdaptedWarning
 from parablock.data.word_problems import EncodedProblems
+from parablock.diffusion.noise import sample_noise
 from parablock.training.rows import RowDataset, collate
 
 Batch = dict[str, Tensor]
+LARGE = {
+    "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "intermediate_size": 4864, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def make_batches(tokenizer: Any, mask_token_id: int, samples: int) -> dict[str, Batch]:
@@ -38,6 +49,34 @@ def make_batches(tokenizer: Any, mask_token_id: int, samples: int) -> dict[str, 
     return batches
 
 
+def half_prompt(vocabulary: int, rows: int, length: int) -> Batch:
+    """Random tokens; the first half of every row is prompt."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[:, : length // 2] = -100
+    noise = [sample_noise(length, 32, seed=0, epoch=0, sample=row) for row in range(rows)]
+    return {"input_ids": ids, "labels": labels, "noise_mask": torch.stack(noise)}
+
+
+def kept_bytes(model: Any, run: Callable[[], Tensor]) -> int:
+    """What `run`'s forward keeps for its backward, in bytes: every storage once, the weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    total = sum(kept.values())
+    del loss
+    return total
+
+
 def measure(model: Any, batch: Batch, repeats: int) -> dict[str, Any]:
     options = {"block_size": 32, "mask_token_id": model.config.mask_token_id}
     contenders: dict[str, tuple[str, Callable[..., Tensor]]] = {
@@ -47,12 +86,16 @@ def measure(model: Any, batch: Batch, repeats: int) -> dict[str, Any]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     losses: dict[str, float] = {}
+    memory: dict[str, int] = {}
     for repeat in range(repeats + 1):
         for name, (attention, loss_function) in contenders.items():
             model.zero_grad(set_to_none=True)
             model.set_attn_implementation(attention)
+            run = partial(loss_function, model, batch["input_ids"], batch["labels"], batch["noise_mask"], **options)
+            if not repeat:
+                memory[name] = kept_bytes(model, run)
             started = time.perf_counter()
-            loss = loss_function(model, batch["input_ids"], batch["labels"], batch["noise_mask"], **options)
+            loss = run()
             loss.backward()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
@@ -63,6 +106,8 @@ def measure(model: Any, batch: Batch, repeats: int) -> dict[str, Any]:
     return {
         "batch": tuple(batch["input_ids"].shape),
         "seconds": {name: {"median": median[name], "all": seconds[name]} for name in contenders},
+        "kept_megabytes": {name: size / 1e6 for name, size in memory.items()},
+        "memory_ratio": memory["parablock"] / memory[best],
         "loss": losses,
         "relative_loss_difference": abs(losses["parablock"] / losses[best] - 1),
         "baseline": best,
@@ -74,17 +119,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--large-repeats", type=int, default=3, help="of the 0.5B shape")
     args = parser.parse_args()
+    warnings.simplefilter("ignore", NotAdaptedWarning)
     model, tokenizer = pb.load("bundled-ar", device="cpu")  # where an adaptation starts
-    model.train()
+    batches = make_batches(tokenizer, model.config.mask_token_id, args.samples)
+    batches["half of a row is prompt"] = half_prompt(600, 12, 256)
+    cases: list[tuple[str, Any, Batch, int]] = [(name, model, batch, args.repeats) for name, batch in batches.items()]
+    cases.append(("0.5B shape, half of a row is prompt", None, {}, args.large_repeats))
     report = {}
-    for name, batch in make_batches(tokenizer, model.config.mask_token_id, args.samples).items():
-        report[name] = result = measure(model, batch, args.repeats)
-        print(f"{name}: batch {result['batch']}, {torch.get_num_threads()} threads, float32, {args.repeats} repeats")
+    for name, model, batch, repeats in cases:
+        if model is None:
+            torch.manual_seed(0)
+            model = Qwen2ForCausalLM(Qwen2Config(**LARGE))
+            model.config.mask_token_id = 151665
+            batch = half_prompt(151000, 1, 512)
+        model.train()
+        report[name] = result = measure(model, batch, repeats)
+        print(f"{name}: batch {result['batch']}, {torch.get_num_threads()} threads, float32, {repeats} repeats")
         for contender, times in result["seconds"].items():
-            print(f"  {contender:26s} {1000 * times['median']:7.0f} ms   loss {result['loss'][contender]:.6f}")
+            kept = result["kept_megabytes"][contender]
+            loss = result["loss"][contender]
+            print(f"  {contender:26s} {1000 * times['median']:7.0f} ms  {kept:8.0f} MB kept  loss {loss:.6f}")
         ratio = result["speed_up"]
-        print(f"  {ratio['median']:.2f}x faster than {result['baseline']} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        print(f"  {ratio['median']:.2f}x faster than {result['baseline']} ({ratio['min']:.2f} to {ratio['max']:.2f}),")
+        print(f"  {result['memory_ratio']:.2f}x its memory", flush=True)
     write("training_cost", {"setting": setting("python benchmarks/training_cost.py"), **report})
 
 

@@ -258,7 +258,6 @@ def _finish(output: Path, console: Console) -> None:
 
         plot_losses(output / "loss.png", log, "adaptation")
         pictured = ", loss.png"
-    console.print(
-        f"[bold]{output / MODEL}[/] is the adapted checkpoint; beside it recipe.yaml, report.json, {LOG}{pictured}"
-    )
+    beside = f"recipe.yaml, report.json, {LOG}{pictured}"
+    console.print(f"[bold]{output / MODEL}[/] is the checkpoint; beside it {beside}", soft_wrap=True)
     console.print(f"try it: parablock chat --model {output / MODEL}")

@@ -37,7 +37,8 @@ def estimate(shape: Shape, config: TrainConfig, *, learned_share: float, fill: f
     """The cost of a run; `learned_share` of the tokens are responses, rows are filled to `fill`.
 
     Every token runs once clean; a response token also in two noisy copies, or in one without the complementary view.
-    The head runs at learned positions only. Backward costs twice the forward (once, where the weights are frozen), gradient checkpointing one forward more.
+    The head runs at learned positions only. Backward costs twice the forward (once, where the weights are frozen),
+    gradient checkpointing one forward more.
     Training state: weights, gradients and two moments in float32 (16 bytes a parameter); frozen weights in bf16.
     """
     rows = config.batch_size * config.steps
