@@ -20,6 +20,7 @@ import parablock as pb
 from parablock.checkpoints.load import BUNDLED
 from parablock.data.chat import IGNORE, encode_chat
 from parablock.data.formats import to_chat
+from parablock.data.packing import pack
 from parablock.data.sources import load_data
 from parablock.data.word_problems import word_problem
 from parablock.training.cost import Shape, estimate
@@ -120,19 +121,25 @@ def test_too_long_samples_are_counted_and_treated_as_asked(tokenizer: Any, tmp_p
         load_data(tokenizer, str(path), context_length=limit, too_long="refuse")
 
 
-def test_real_text_with_the_published_tokenizer_counted_twice(tmp_path: Path) -> None:
-    """GSM8K's style of data through Qwen2.5's template; counts checked against a plain second computation."""
+def test_gsm8k_with_the_published_tokenizer_counted_twice() -> None:
+    """Real text through Qwen2.5's template (a cut of its tokenizer), against a plain second computation."""
     tokenizer = AutoTokenizer.from_pretrained(OFFICIAL)
-    problems = [word_problem("train", 3, i) for i in range(40)]
-    rows = [{"question": p.question, "answer": p.answer} for p in problems]
-    data = load_data(tokenizer, str(write_rows(tmp_path / "gsm.jsonl", rows)), context_length=512)
+    path = Path(__file__).parent / "gsm8k_head.jsonl"  # the first problems of GSM8K's training file (MIT licence)
+    data = load_data(tokenizer, str(path), context_length=2048)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     head += "{}<|im_end|>\n<|im_start|>assistant\n"
+    encode = lambda text: tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    blocks = 0
+    assert len(rows) == len(data.samples) == 40
     for row, sample in zip(rows, (data.samples[i] for i in range(40)), strict=True):
-        prompt = tokenizer(head.format(row["question"]))["input_ids"]
-        answer = tokenizer(row["answer"] + "<|im_end|>")["input_ids"]
+        prompt, answer = encode(head.format(row["question"])), encode(row["answer"] + "<|im_end|>")
         assert sample.input_ids == prompt + answer
         assert sample.labels == [IGNORE] * len(prompt) + answer
+        blocks += -(-len(sample.input_ids) // 32)
+    packed = pack(data.lengths or (), 32, 2048)
+    assert sorted(i for row in packed for i in row) == list(range(40))
+    assert -(-blocks // 64) <= len(packed) <= -(-blocks // 64) + 1
 
 
 def test_adapt_from_a_file_to_a_checkpoint(tmp_path: Path) -> None:
