@@ -172,6 +172,22 @@ def test_adapt_from_a_file_to_a_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_sigterm_says_how_to_continue(tmp_path: Path) -> None:
+    options = ("--data", "word-problems", "-o", str(tmp_path / "run"), "--steps", "1000", "--save-every", "500", *SMALL)
+    command = [sys.executable, "-u", "-m", "parablock", "adapt", "bundled-ar", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step      3"):
+            process.terminate()
+            break
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert said.strip().splitlines()[-1].startswith("parablock: stopped by SIGTERM after step")
+    assert "--resume continues" in said
+    assert list((tmp_path / "run" / "run").glob("checkpoint-*/whole"))
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     out = run("adapt", "bundled-ar", "--data", "word-problems", "-o", tmp_path / "run", *SMALL, "--dry-run")
     assert out.returncode == 0, out.stderr

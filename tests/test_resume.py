@@ -22,16 +22,18 @@ from parablock.training.guards import TrainingStoppedError, checkpoints
 LONG: dict[str, Any] = {"steps": 24, "log_every": 1, "save_every": 2, "optimizer": "adamw"}
 
 
-def run_until(folder: Path, step: int, how: int, *flags: str, processes: int = 0) -> subprocess.Popen[str]:
+def run_until(
+    folder: Path, step: int, how: int, *flags: str, processes: int = 0, changes: dict[str, Any] = LONG
+) -> subprocess.Popen[str]:
     """Start the worker and send it a signal once it has reported `step`."""
-    command = worker(folder, LONG, *flags, processes=processes)
+    command = worker(folder, changes, *flags, processes=processes)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("STEP") and int(line.split()[1]) >= step:
             process.send_signal(how)
             break
-    process.wait(timeout=120)
+    process.communicate(timeout=120)
     return process
 
 
@@ -53,15 +55,17 @@ def test_killed_at_random_steps_it_ends_with_the_same_weights(tmp_path: Path) ->
         assert torch.equal(p, again[name]), name
 
 
-def test_sigterm_ends_with_a_checkpoint_and_nothing_is_lost(tmp_path: Path) -> None:
-    process = run_until(tmp_path / "stopped", 5, signal.SIGTERM)
-    assert process.stderr is not None
+@pytest.mark.parametrize(("processes", "changes"), [(0, {}), (2, {"fsdp": True})], ids=["alone", "fsdp2"])
+def test_sigterm_ends_with_a_checkpoint_and_nothing_is_lost(
+    tmp_path: Path, processes: int, changes: dict[str, Any]
+) -> None:
+    changes = {**LONG, "steps": 12, **changes}
+    process = run_until(tmp_path / "stopped", 5, signal.SIGTERM, processes=processes, changes=changes)
     assert process.returncode == 1
-    assert "TrainingStoppedError: stopped by SIGTERM after step" in process.stderr.read()
     newest = checkpoints(tmp_path / "stopped" / "run")[-1]
-    assert int(newest.name.split("-")[1]) >= 5
-    again = run_worker(tmp_path / "stopped", LONG, "--resume")
-    for name, p in run_worker(tmp_path / "whole", LONG).items():
+    assert 5 <= int(newest.name.split("-")[1]) < 12
+    again = run_worker(tmp_path / "stopped", changes, "--resume", processes=processes)
+    for name, p in run_worker(tmp_path / "whole", changes, processes=processes).items():
         assert torch.equal(p, again[name]), name
 
 
