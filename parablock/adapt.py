@@ -196,6 +196,8 @@ class _Log:
         self.bar.stop()
 
     def __call__(self, step: int, logs: dict[str, float]) -> None:
+        if not {"loss", "tokens_per_forward"} & logs.keys():
+            return  # the Trainer's summary at the end
         entry = {"step": step, **{k: v for k, v in logs.items() if k not in ("step", "epoch", "total_flos")}}
         now = time.perf_counter()
         if "loss" in logs:

@@ -294,18 +294,18 @@ def test_bad_recipes_are_named(values: dict[str, Any], message: str) -> None:
         pb.TrainConfig(**values)
 
 
-def test_gradient_checkpointing_trains_the_same_weights(tokenizer: Any, tmp_path: Path) -> None:
-    from parablock.training import trainer
-
+@pytest.mark.parametrize("ar_loss_weight", [0.0, 0.5])
+def test_gradient_checkpointing_trains_the_same_weights(tokenizer: Any, tmp_path: Path, ar_loss_weight: float) -> None:
     weights = []
     for on in (False, True):
         model = small_model(initializer_range=0.05)
-        config = replace(CONFIG, steps=3, optimizer="adamw", gradient_checkpointing=on)
+        before = model.config._attn_implementation
+        config = replace(CONFIG, steps=3, optimizer="adamw", gradient_checkpointing=on, ar_loss_weight=ar_loss_weight)
         pb.train(model, tokenizer, samples(60), config, tmp_path / str(on))
         weights.append(model.model.layers[0].mlp.up_proj.weight)
         assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        assert model.config._attn_implementation == before
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
-    assert trainer.register_block_attention() not in model.config._attn_implementation
 
 
 def test_the_cosine_schedule_ends_at_zero(tokenizer: Any, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def remove_broken(folder: Path) -> int:
     """Delete what interrupted writes have left; returns how many."""
     broken = [path for path in folder.glob("checkpoint-*") if not (path / WHOLE).is_file()]
     for path in broken:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # another process may be at it
     return len(broken)
 
 

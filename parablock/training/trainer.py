@@ -16,7 +16,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from parablock.config import Model, TrainConfig
 from parablock.data.chat import Sample
-from parablock.diffusion.masks import register_block_attention
 from parablock.diffusion.objective import Attention, autoregressive_loss, diffusion_loss
 from parablock.diffusion.support import attention as using_attention
 from parablock.training.guards import Guards, TrainingStoppedError, checkpoints, last_good, remove_broken
@@ -156,17 +155,21 @@ def _loss_as_forward(model: Model, config: TrainConfig, mask_token_id: int) -> I
 
 
 def _checkpointed_attention(model: Model) -> Attention:
-    """Turn gradient checkpointing on; returns the attention to train with, which is also that of the second pass."""
-    cuda = model.device.type == "cuda"
-    attention: Attention = ("flex" if model._supports_flex_attn else "dense") if cuda else "block"
-    second = nullcontext
-    if attention != "dense":
-        name = "flex_attention" if attention == "flex" else register_block_attention()
-        second = partial(using_attention, model, name)  # type: ignore[assignment]
+    """Turn gradient checkpointing on; returns the attention to train with.
+
+    The second pass over a layer runs long after the loss has given the model's own attention back: it takes the one
+    that was in use when the layer ran first.
+    """
+
+    def passes() -> tuple[Any, Any]:
+        return nullcontext(), using_attention(model, model.config._attn_implementation)
+
     # the name of transformers before 5.2x, where only one of the two exists
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), second())})
-    return attention
+    enable({"use_reentrant": False, "context_fn": passes})
+    if model.device.type != "cuda":
+        return "block"
+    return "flex" if model._supports_flex_attn else "dense"
 
 
 def _padding(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
