@@ -27,7 +27,7 @@ from parablock.decoding.generate import generate
 from parablock.training.cost import GPUS, Cost, Shape, estimate
 from parablock.training.recipe import write_recipe
 from parablock.training.rows import RowDataset
-from parablock.training.trainer import train
+from parablock.training.trainer import padding_token, train
 
 CHECK_TOKENS = 256  # how long the answers of a check may get
 MODEL, RUN, LOG = "model", "run", "log.jsonl"  # what an output folder holds, beside recipe.yaml and loss.png
@@ -55,7 +55,7 @@ def adapt(config: AdaptConfig, output: Path, console: Console, *, resume: bool =
     held_out = min(config.check_samples, len(data.samples) // 2) if config.check_every else 0
     kept = _Slice(data.samples, held_out)
     lengths = None if data.lengths is None else data.lengths[held_out:]
-    rows = RowDataset(kept, config, _pad(model, tokenizer, config), lengths)
+    rows = RowDataset(kept, config, padding_token(model, tokenizer, config), lengths)
     _print_plan(config, model, tokenizer, data, rows, console)
     if dry_run:
         return
@@ -103,10 +103,6 @@ def _load(config: AdaptConfig) -> tuple[Model, Any]:
             ),
         )  # fmt: skip
     return model, tokenizer
-
-
-def _pad(model: Model, tokenizer: Any, config: AdaptConfig) -> int:
-    return int(model.config.mask_token_id if config.mode == "diffusion" else tokenizer.pad_token_id)
 
 
 class _Slice(Sequence[Sample]):

@@ -66,7 +66,7 @@ def train(
     folder = Path(output_dir)
     if checkpoints(folder) and not resume:
         raise ValueError(f"{str(folder)!r} holds checkpoints; pass resume=True to continue, or name another folder")
-    padding = _padding(model, tokenizer, config)
+    padding = padding_token(model, tokenizer, config)
     guards = Guards(model, folder)
     common: dict[str, Any] = {
         "model": model,
@@ -172,7 +172,7 @@ def _checkpointed_attention(model: Model) -> Attention:
     return "flex" if model._supports_flex_attn else "dense"
 
 
-def _padding(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
+def padding_token(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
     """What fills a sample's last block.
 
     In block diffusion the mask token does (paper section 3.1): while an answer is decoded, what follows its end in the
