@@ -142,7 +142,7 @@ def main() -> None:
             torch.manual_seed(0)
             model = Qwen2ForCausalLM(Qwen2Config(**LARGE))
             model.config.mask_token_id = 151665
-            batch = half_prompt(151000, 1, 512)
+            batch = half_prompt(151000, 1, 256)
         model.train()
         report[name] = result = measure(model, batch, repeats)
         print(f"{name}: batch {result['batch']}, {torch.get_num_threads()} threads, float32, {repeats} repeats")
