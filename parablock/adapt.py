@@ -125,7 +125,7 @@ def _print_plan(
     seen = [rows.row(i, epoch=0) for i in range(min(len(rows.groups), 64))]
     learned = sum(int((row["labels"] != IGNORE).sum()) for row in seen)
     held = sum(len(row["labels"]) for row in seen)
-    tokens = sum(rows.samples[n].input_ids.__len__() for i in range(len(seen)) for n in rows.groups[i])
+    tokens = sum(len(rows.samples[n].input_ids) for i in range(len(seen)) for n in rows.groups[i])
     width = config.context_length * len(seen) if config.packing else held
     told = ", ".join(f"{count:,} {fate}" for fate, count in data.counts.items() if count)
     console.print(f"data: {told}; {len(rows.groups):,} rows of at most {config.context_length} tokens")

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from parablock.checkpoints.official import MODEL_TYPE as OFFICIAL
 from parablock.checkpoints.save import new_directory
 from parablock.checkpoints.standalone import CLASS, MODULE, write_code
 from parablock.config import Model
 
 Layout = Literal["stock", "official", "standalone"]
-OFFICIAL = "Fast_dLLM_Qwen"
 
 
 def export(model: Model, tokenizer: Any, path: str | Path, layout: Layout = "stock") -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.auto import tokenization_auto
 
+from parablock.checkpoints.mask_token import MASK_TOKEN
 from parablock.config import DecodeConfig
 from parablock.decoding.transformers_generate import generate_ids
 
 MODEL_TYPE = "Fast_dLLM_Qwen"
-MASK_TOKEN = "|<MASK>|"
 
 
 class Fast_dLLM_QwenConfig(Qwen2Config):  # type: ignore[no-untyped-call]  # noqa: N801
