@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 CLEAN, NOISY, COMPLEMENT = 0, 1, 2  # the streams
 
@@ -159,7 +160,17 @@ def block_attention(
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} attends with {name}, which block diffusion does not support")
-    size, heads, kv_heads, width = block_layout.block_size, query.shape[1], key.shape[1], query.shape[-1]
+    arguments = query, key, value, block_layout, scaling, dropout if module.training else 0.0
+    if not torch.is_grad_enabled():
+        return _attend_units(*arguments), None
+    # the weights of every layer would fill the memory; making them again costs little
+    return checkpoint(_attend_units, *arguments, use_reentrant=False), None
+
+
+def _attend_units(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scaling: float | None, dropout: float
+) -> Tensor:
+    size, heads, kv_heads, width = layout.block_size, query.shape[1], key.shape[1], query.shape[-1]
     units, share = query.shape[2] // size, heads // kv_heads
     scale = width**-0.5 if scaling is None else scaling
     # units first: q [U, H_kv, share * D, d], k and v [U, H_kv, D, d]
@@ -168,7 +179,7 @@ def block_attention(
     k = key.view(kv_heads, units, size, width).transpose(0, 1).contiguous()
     v = value.view(kv_heads, units, size, value.shape[-1]).transpose(0, 1).contiguous()
     out = []
-    for start, end, before in block_layout.groups:
+    for start, end, before in layout.groups:
         own_k, own_v = k[start:end], v[start:end]
         if before.shape[1]:
             count, blocks = before.shape
@@ -180,11 +191,11 @@ def block_attention(
 
             own_k, own_v = torch.cat([prefix(k), own_k], 2), torch.cat([prefix(v), own_v], 2)
         weights = torch.softmax(q[start:end] @ own_k.mT, dim=-1, dtype=torch.float32).to(own_v.dtype)
-        if dropout and module.training:
+        if dropout:
             weights = nn.functional.dropout(weights, dropout)
         out.append(weights @ own_v)
     result = torch.cat(out).view(units, kv_heads, share, size, -1).permute(0, 3, 1, 2, 4)
-    return result.reshape(1, units * size, heads, -1), None
+    return result.reshape(1, units * size, heads, -1)
 
 
 def register_block_attention() -> str:
