@@ -65,17 +65,20 @@ def kept_bytes(model: Any, run: Callable[[], Tensor]) -> int:
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    alive: list[Tensor] = []  # so that no storage is counted under the address of an earlier one
+
+    def pack(tensor: Tensor) -> None:  # what is packed must not hold the tensor: a node's own output would never go
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            alive.append(tensor.detach())
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run()
-    total = sum(kept.values())
-    del loss
-    return total
+    def unpack(packed: None) -> Tensor:
+        raise RuntimeError("this forward is only measured")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        run()
+    return sum(kept.values())
 
 
 def with_ar_loss(model: Any, ids: Tensor, labels: Tensor, noise: Tensor, **options: Any) -> Tensor:
@@ -108,6 +111,7 @@ def measure(model: Any, batch: Batch, repeats: int) -> dict[str, Any]:
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
             losses[name] = loss.item()
+            del loss
     median = {name: statistics.median(times) for name, times in seconds.items()}
     best = min((name for name in contenders if name.startswith("published")), key=lambda name: median[name])
     ratios = sorted(a / b for a, b in zip(seconds[best], seconds["parablock"], strict=True))
@@ -128,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--large-repeats", type=int, default=0, help="of the 0.5B shape (more than 24 GB)")
+    parser.add_argument("--large-repeats", type=int, default=0, help="of the 0.5B shape (ten minutes, 12 GB)")
     args = parser.parse_args()
     warnings.simplefilter("ignore", NotAdaptedWarning)
     model, tokenizer = pb.load("bundled-ar", device="cpu")  # where an adaptation starts

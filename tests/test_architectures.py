@@ -154,6 +154,10 @@ def test_an_architecture_works(kind: str, tmp_path: Path) -> None:
     )
     tokens = pb.generate(again, prompt, decode).tokens
     assert tokens == pb.generate(model, prompt, decode).tokens == [plain_decode(again, prompt, decode)]
+    with pb.Engine(again) as engine:
+        assert engine.generate([prompt, prompt[:7]], decode).tokens == [
+            *tokens, *pb.generate(again, prompt[:7], decode).tokens
+        ]  # fmt: skip
     rows = len(model.get_input_embeddings().weight)
     seen[kind] = f"| `{kind}` | {example} | works | {'unused row' if rows == shape['vocab_size'] else 'new row'} |"
 
@@ -173,8 +177,9 @@ HEAD = """# Which models work
 Written by `pytest tests/test_architectures.py --write-docs`, from what the tests saw. "Works": a random checkpoint of
 the architecture loads and gets a mask token; its AR decoding equals transformers' own greedy generation; the diffusion
 loss equals the one computed from the model's own logits in the published layout; it adapts (the loss falls), saves,
-reloads bit-equal; and block decoding with the cache equals decoding without any. The last column says which row of the
-test's embedding the mask token got: an unused one where the matrix was padded, else a new one.
+reloads bit-equal; and block decoding with the cache, in the reference loop and in the engine, equals decoding without
+any. The last column says which row of the test's embedding the mask token got: an unused one where the matrix was
+padded, else a new one.
 
 | `model_type` | for example | | mask token |
 |---|---|---|---|

@@ -196,9 +196,9 @@ def test_reveal_strategies(values: list[float], threshold: float, factor: float,
     c, m = torch.tensor([values]), torch.tensor([masked])
     inside = sorted((v for v, keep in zip(c[0].tolist(), masked, strict=True) if keep), reverse=True)
 
-    by_threshold = reveal(c, m, pb.DecodeConfig(threshold=threshold))
-    by_factor = reveal(c, m, pb.DecodeConfig(strategy="factor", factor=factor))
-    fixed = reveal(c, m, pb.DecodeConfig(strategy="fixed", tokens_per_step=k))
+    by_threshold = reveal(c, m, "threshold", threshold=threshold)
+    by_factor = reveal(c, m, "factor", factor=factor)
+    fixed = reveal(c, m, "fixed", tokens_per_step=k)
     for chosen in (by_threshold, by_factor, fixed):
         assert not (chosen & ~m).any()
         assert chosen.any() == bool(inside)

@@ -73,7 +73,14 @@ def decode_blocks(
             source = torch.from_numpy(plan.source_RS).to(logits.device)
             logits = logits.gather(1, source[..., None].expand(-1, -1, logits.shape[-1]))
         tokens, confidence = draw(logits, plan.target_RS, state, config, seed)
-        chosen = reveal(confidence, torch.from_numpy(plan.candidate_RS).to(logits.device), config)
+        chosen = reveal(
+            confidence,
+            torch.from_numpy(plan.candidate_RS).to(logits.device),
+            config.strategy,
+            threshold=config.threshold,
+            factor=config.factor,
+            tokens_per_step=config.tokens_per_step,
+        )
         tokens_RS, confidence_RS, chosen_RS = to_host(tokens, confidence, chosen)
 
         state.forwards_R += plan.active_R

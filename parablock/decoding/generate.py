@@ -77,8 +77,8 @@ def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = Non
 def stream(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> Iterator[Step]:
     """Decode like `generate`, but yield every forward as a `Step` (for live display). Errors are raised at once."""
     config = config or DecodeConfig()
-    prompts = _rows(input_ids)
-    config = _resolve(model, prompts, config)
+    prompts = as_rows(input_ids)
+    config = resolve(model, prompts, config)
     assert config.max_new_tokens is not None
     limits = Limits(config.max_new_tokens, config.stop_token_ids or ())
     seed = int(torch.randint(2**31, ()).item()) if config.seed is None else config.seed
@@ -87,7 +87,8 @@ def stream(model: Model, input_ids: Prompts, config: DecodeConfig | None = None)
     return decode_autoregressive(model, prompts, config, limits, seed)
 
 
-def _rows(input_ids: Prompts) -> list[list[int]]:
+def as_rows(input_ids: Prompts) -> list[list[int]]:
+    """One or many prompts as lists of ids; ValueError for an empty one."""
     rows: list[Any] = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
     if rows and not isinstance(rows[0], (list, tuple, Tensor)):
         rows = [rows]
@@ -100,7 +101,7 @@ def _rows(input_ids: Prompts) -> list[list[int]]:
     return prompts
 
 
-def _resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:
+def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:
     """Fill in what the checkpoint decides, and refuse what it cannot do."""
     require_full_attention(model.config)
     require_open_attention(model)

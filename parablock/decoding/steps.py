@@ -139,7 +139,7 @@ def draw(
         row = torch.arange(len(target_RS), device=device)[:, None]
         forward = torch.from_numpy(state.forwards_R).to(device)[:, None]
         numbers = uniform(seed, row, torch.from_numpy(target_RS).to(device), forward)
-    return propose(logits_RSV, numbers, config)
+    return propose(logits_RSV, numbers, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
 
 
 def to_host(tokens: Tensor, confidence: Tensor, *chosen: Tensor) -> tuple[np.ndarray, ...]:

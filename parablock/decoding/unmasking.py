@@ -1,69 +1,88 @@
 """Which tokens a denoising step proposes, and which of them it reveals.
 
-Shapes: R rows, S positions of the current sub-block, V vocabulary.
+Shapes: R rows, S positions of the current sub-block, V vocabulary. A setting is one value, or a tensor that broadcasts
+over the rows when each has its own.
 """
 
 import torch
 from torch import Tensor
 
-from parablock.config import DecodeConfig
+from parablock.config import Strategy
 
 
-def propose(logits_RSV: Tensor, uniform_RS: Tensor | None, config: DecodeConfig) -> tuple[Tensor, Tensor]:
+def propose(
+    logits_RSV: Tensor,
+    uniform_RS: Tensor | None,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_p: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """A token for every position and its confidence: the probability it has under the decoding distribution.
 
-    Greedy (`temperature=0`): the most probable token. Otherwise a sample of softmax(logits / temperature), cut to its
-    `top_k` most probable tokens, then to their `top_p` nucleus, and renormalised; drawn by inverse transform from
-    `uniform_RS` in [0, 1).
+    Greedy (`uniform_RS` is None): the most probable token. Otherwise a sample of softmax(logits / temperature), cut to
+    its `top_k` most probable tokens, then to their `top_p` nucleus, and renormalised; drawn by inverse transform from
+    `uniform_RS` in [0, 1). Settings that are tensors broadcast to `[R, S, 1]`.
 
     Returns `tokens_RS` and `confidence_RS` (float32).
     """
-    if config.temperature == 0.0:
+    if uniform_RS is None:
         confidence, tokens = torch.softmax(logits_RSV.float(), -1).max(-1)
         return tokens, confidence
-    assert uniform_RS is not None
-    probability, order = torch.softmax(logits_RSV.float() / config.temperature, -1).sort(-1, descending=True)
-    if config.top_k is not None:
-        probability[..., config.top_k :] = 0.0
+    probability, order = torch.softmax(logits_RSV.float() / temperature, -1).sort(-1, descending=True)
+    if top_k is not None:
+        place = torch.arange(probability.shape[-1], device=probability.device)
+        probability = probability.masked_fill(place >= top_k, 0.0)
     cumulative = probability.cumsum(-1)
     # the most probable token always belongs to it
-    nucleus = cumulative - probability < config.top_p * cumulative[..., -1:]
+    nucleus = cumulative - probability < top_p * cumulative[..., -1:]
     probability = probability * nucleus
     cumulative = probability.cumsum(-1)
     total = cumulative[..., -1:]
     rank = torch.searchsorted(cumulative, uniform_RS[..., None] * total, right=True)
-    rank = rank.clamp_(max=nucleus.sum(-1, keepdim=True) - 1)
+    rank = rank.minimum(nucleus.sum(-1, keepdim=True) - 1)
     return order.gather(-1, rank)[..., 0], (probability / total).gather(-1, rank)[..., 0]
 
 
-def reveal(confidence_RS: Tensor, candidates_RS: Tensor, config: DecodeConfig) -> Tensor:
+def reveal(
+    confidence_RS: Tensor,
+    candidates_RS: Tensor,
+    strategy: Strategy,
+    *,
+    threshold: float | Tensor = 0.9,
+    factor: float | Tensor = 1.0,
+    tokens_per_step: int | Tensor = 1,
+) -> Tensor:
     """Which of the masked positions `candidates_RS` (bool) to reveal: at least one in every row that has any.
 
     - threshold: all whose confidence is above `threshold`, and the most confident one (Fast-dLLM, algorithm 1);
     - factor: the largest n with (n + 1)(1 - c_n) < factor, c sorted in descending order (Fast-dLLM, section 3.3);
     - fixed: the `tokens_per_step` most confident.
+
+    Settings that are tensors broadcast to `[R, S]`.
     """
     confidence = confidence_RS.masked_fill(~candidates_RS, -1.0)
-    if config.strategy == "threshold":
+    if strategy == "threshold":
         best = confidence.argmax(-1, keepdim=True)
-        chosen = (confidence > config.threshold).scatter_(-1, best, True)
+        chosen = (confidence > threshold).scatter_(-1, best, True)
         return chosen & candidates_RS
     ordered, order = confidence.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device)  # n
-    if config.strategy == "factor":
-        allowed = ((rank + 1) * (1 - ordered) < config.factor) & (ordered >= 0)
-        count = (allowed * rank).amax(-1, keepdim=True).clamp_(min=1)
+    if strategy == "factor":
+        allowed = ((rank + 1) * (1 - ordered) < factor) & (ordered >= 0)
+        count: int | Tensor = (allowed * rank).amax(-1, keepdim=True).clamp_(min=1)
     else:
-        count = torch.full_like(order[..., :1], config.tokens_per_step)
-    return torch.zeros_like(candidates_RS).scatter_(-1, order, rank <= count) & candidates_RS
+        count = tokens_per_step
+    taken = (rank <= count).expand_as(candidates_RS)
+    return torch.zeros_like(candidates_RS).scatter_(-1, order, taken) & candidates_RS
 
 
-def uniform(seed: int, row_R1: Tensor, position_RS: Tensor, draw_R1: Tensor) -> Tensor:
+def uniform(seed: int | Tensor, row_R1: Tensor, position_RS: Tensor, draw_R1: Tensor) -> Tensor:
     """Counter-based random numbers in [0, 1), float32: a hash of `(seed, row, position, draw)`.
 
     A row's numbers depend on nothing else, so neither on its neighbours in the batch nor on the device.
     """
-    state = torch.full_like(position_RS, seed)
+    state = torch.zeros_like(position_RS) + seed
     for part in (row_R1, position_RS, draw_R1):
         state = _mix(state ^ _mix(part.expand_as(state) + 1))
     return (state >> 40 & 0xFFFFFF).float() / 2**24

@@ -1,0 +1,77 @@
+"""What a request needs before it may run: settings the model can serve, and K/V memory for all it can become."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from parablock.config import DecodeConfig, EngineConfig, Model
+from parablock.decoding.generate import as_rows, resolve
+from parablock.engine.request import Request
+
+if TYPE_CHECKING:
+    from parablock.engine.runner import Runner
+
+SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.75}
+
+
+def resolve_request(model: Model, request: Request, block_size: int, max_context: int, pages: int) -> DecodeConfig:
+    """The request's settings with nothing left open.
+
+    Raises:
+        ValueError: it can never run: an empty prompt, another block size than the engine's, settings the model cannot
+            serve, or more tokens than the context or all `pages` of K/V memory hold.
+    """
+    prompt = list(request.prompt)
+    config = resolve(model, as_rows([prompt]), request.config)
+    if config.block_size not in (None, block_size):
+        raise ValueError(
+            f"block_size={config.block_size}, but this engine runs blocks of {block_size}; leave it out, or make "
+            "another engine with EngineConfig(block_size=...)"
+        )
+    if config.seed is None:
+        config = replace(config, seed=int(torch.randint(2**31, ()).item()))
+    assert config.max_new_tokens is not None
+    new_tokens = config.max_new_tokens
+    if request.config.max_new_tokens is None:  # as much as there is room for
+        new_tokens = max(1, min(new_tokens, min(max_context, pages * block_size) - len(prompt)))
+        config = replace(config, max_new_tokens=new_tokens)
+    asked = f"a prompt of {len(prompt)} tokens and max_new_tokens={new_tokens}"
+    if len(prompt) + new_tokens > max_context:
+        raise ValueError(
+            f"{asked} exceed the engine's context of {max_context} tokens; shorten the prompt or lower max_new_tokens"
+        )
+    if pages_needed(len(prompt), block_size, config) > pages:
+        raise ValueError(
+            f"{asked} need more than the K/V memory of {pages * block_size} tokens; raise EngineConfig(kv_tokens=...)"
+        )
+    return config
+
+
+def pages_needed(prompt: int, block_size: int, config: DecodeConfig) -> int:
+    """Pages for a prompt of so many tokens and the longest answer."""
+    assert config.max_new_tokens is not None
+    return -(-(prompt + config.max_new_tokens) // block_size)
+
+
+def reusable_blocks(prompt: int, block_size: int, config: DecodeConfig) -> int:
+    """How many of the prompt's blocks need not run when their K/V are known.
+
+    The last prompt token runs in any case if its forward predicts the answer's first token.
+    """
+    predicts = config.mode == "autoregressive" or prompt % block_size == 0
+    return (prompt - 1) // block_size if predicts else prompt // block_size
+
+
+def kv_pages(config: EngineConfig, pages_per_row: int, block_size: int, runner: "Runner") -> int:
+    """How many pages the K/V memory gets (see `EngineConfig.kv_tokens`)."""
+    if config.kv_tokens is not None:
+        return max(1, config.kv_tokens // block_size)
+    if runner.device.type == "cuda":
+        free = torch.cuda.mem_get_info(runner.device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    share = SHARE_OF_FREE_MEMORY.get(runner.device.type, 0.25)
+    return max(1, min(pages_per_row * config.max_rows, int(free * share) // (runner.bytes_per_token * block_size)))

@@ -1,0 +1,71 @@
+"""Attention over the paged K/V: an operator that a stock model calls in place of its own attention.
+
+The operator's arguments are tensors and numbers alone, so that a compiler or a graph capture of the model can pass over
+it; the number `runner` leads to the runner whose K/V memory and current step it works on.
+"""
+
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from parablock.engine.runner import Runner
+
+ENGINE_ATTENTION = "parablock_engine"
+
+_runners: "WeakValueDictionary[int, Runner]" = WeakValueDictionary()  # an operator cannot be handed an object
+_library: Any = torch.library.Library("parablock", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("attend(Tensor query, Tensor key, Tensor value, float scale, int layer, int runner) -> Tensor")
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, runner: int) -> Tensor:
+    """`query [1, H, T, d]`, `key [1, H_kv, T, d]`, `value [1, H_kv, T, e]` -> `[1, T, H, e]`."""
+    return _runners[runner].attend(query, key, value, scale, layer)
+
+
+def _shape_alone(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, runner: int) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+_library.impl("attend", _shape_alone, "Meta")
+
+
+def engine_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    runner: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """In transformers' interface. A call that does not come from an engine gets torch's attention, as by "sdpa"."""
+    if runner is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return out, None
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} attends with {name}, which the engine does not support")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return torch.ops.parablock.attend(query, key, value, scale, module.layer_idx, runner), None
+
+
+def register_engine_attention() -> str:
+    """Make `engine_attention` known to transformers; returns the name to select it by."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ENGINE_ATTENTION, cast(Any, engine_attention))
+    AttentionMaskInterface.register(ENGINE_ATTENTION, sdpa_mask)
+    return ENGINE_ATTENTION
+
+
+def register_runner(number: int, runner: "Runner") -> None:
+    """Let the operator find `runner` by its number as long as it lives."""
+    _runners[number] = runner

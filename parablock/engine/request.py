@@ -1,0 +1,106 @@
+"""What a caller hands to the engine, and what it gets back."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from parablock.config import DecodeConfig
+
+if TYPE_CHECKING:
+    from parablock.engine.engine import Engine
+
+Status = Literal["waiting", "running", "finished", "cancelled", "failed"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt (token ids) and how it is decoded.
+
+    `stream`: make an `Update` after every step. `sample` tells answers to the same prompt and seed apart: it is the row
+    that `pb.generate` would give this prompt in a batch.
+    """
+
+    prompt: Sequence[int]
+    config: DecodeConfig = field(default_factory=DecodeConfig)
+    stream: bool = False
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step of one request.
+
+    `tokens`: the response tokens that have newly settled (no mask stands before them). The window is the block being
+    decoded: `start` (absolute position), `ids [W]`, `masked [W]` (still unknown), `revealed [W]` (by this step) and
+    `confidence [W]` (nan where nothing was revealed). `forwards`: decode forwards so far; `done`: the last update.
+    """
+
+    tokens: list[int]
+    start: int
+    ids: np.ndarray
+    masked: np.ndarray
+    revealed: np.ndarray
+    confidence: np.ndarray
+    forwards: int
+    done: bool
+
+
+class Handle:
+    """A submitted request: its state, its tokens, and how to wait for more of them."""
+
+    def __init__(self, engine: "Engine", request: Request, config: DecodeConfig) -> None:
+        self.request = request
+        self.config = config  # nothing left open: what the checkpoint decides is filled in
+        self.status: Status = "waiting"
+        self.tokens: list[int] = []  # settled so far when streaming, else all at the end
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
+        self.forwards = 0  # decode forwards it took part in
+        self.cached_tokens = 0  # of the prompt: not run again
+        self.submitted = time.perf_counter()
+        self.first_token: float | None = None  # seconds from submission until a first token had settled
+        self.seconds: float | None = None  # from submission to the end
+        self._engine = engine
+        self._updates: deque[Update] = deque()
+        self._cancelled = False
+
+    @property
+    def done(self) -> bool:
+        """Nothing more will come."""
+        return self.status not in ("waiting", "running")
+
+    def cancel(self) -> None:
+        """Give up: the row and its memory are free within one step. What had settled stays in `tokens`."""
+        self._engine.cancel(self)
+
+    def result(self, timeout: float | None = None) -> list[int]:
+        """Wait for the end and return all tokens.
+
+        Raises:
+            RuntimeError: the step that decoded it failed (the error is the cause), or the engine was closed.
+            TimeoutError: `timeout` seconds are over; the request goes on.
+        """
+        self._engine.wait(self, timeout=timeout)
+        self._raise_failure()
+        return self.tokens
+
+    def updates(self, timeout: float | None = None) -> Iterator[Update]:
+        """The steps as they happen (`Request(stream=True)`); the last one is `done`. Errors as of `result`."""
+        if not self.request.stream:
+            raise ValueError("stream=False: this request keeps no updates; submit Request(..., stream=True)")
+        while True:
+            while self._updates:
+                yield self._updates.popleft()
+            if self.done and not self._updates:
+                self._raise_failure()
+                return
+            self._engine.wait(self, timeout=timeout, for_update=True)
+
+    def _raise_failure(self) -> None:
+        if self.status == "failed":
+            raise RuntimeError(f"the request failed: {self.error}") from self.error
