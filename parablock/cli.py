@@ -170,6 +170,75 @@ def export(
     print(f"{output}: layout {layout}, {size / 1e6:.1f} MB; its README.md says how to use it")
 
 
+def _list(text: str, name: str, kind: type) -> tuple[Any, ...]:
+    """ "1,8,32" as numbers, "on,off" as bools; nothing as nothing."""
+    switches = {"on": True, "off": False}
+    try:
+        return tuple(switches[part.strip()] if kind is bool else kind(part) for part in text.split(",") if part.strip())
+    except (ValueError, KeyError):
+        example = "on,off" if kind is bool else "1,8,32" if kind is int else "0.7,0.9"
+        raise ValueError(f"{name}={text!r} is no list; write it like {example}") from None
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled'.")] = "bundled",
+    random_weights: Annotated[
+        str | None, typer.Option(help="Measure a shape instead: '0.5b', '1.5b', '7b', or a config.json.")
+    ] = None,
+    ar: Annotated[
+        str | None, typer.Option(help="The checkpoint for AR. Default: the same; for 'bundled' the AR model.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, one per line. Default: the bundled task's, or random tokens.")
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Requests in flight, as a list.")] = "1,8,32",
+    prompt_tokens: Annotated[str, typer.Option(help="Random prompts of these lengths, as a list.")] = "",
+    threshold: Annotated[str, typer.Option(help="As a list.")] = "0.9",
+    sub_block_size: Annotated[str, typer.Option(help="As a list.")] = "8",
+    sub_block_cache: Annotated[str, typer.Option(help="'on', 'off' or 'on,off'.")] = "on",
+    compiled: Annotated[str, typer.Option("--compile", help="'off', 'on' or 'off,on': torch.compile.")] = "off",
+    tokens_per_step: Annotated[
+        int | None, typer.Option(help="Reveal so many per step. Default: by threshold; 4 with random weights.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="The longest answer; to random prompts every answer.")] = 128,
+    requests: Annotated[int, typer.Option(help="Requests per case, at least.")] = 16,
+    rounds: Annotated[int, typer.Option(help="... and at least so many times those in flight.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Of every case, in turns.")] = 5,
+    block_size: Annotated[int, typer.Option(help="With random weights.")] = 32,
+    dtype: Annotated[str | None, typer.Option(help="'float32' or 'bfloat16'. Default: float32 on a CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of a CPU. Default: one for small steps, all for large.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where table, plots and JSON go.")] = Path("parablock-bench"),
+) -> None:
+    """Measure speed: AR against block diffusion in the same engine."""
+    from parablock.config import BenchConfig
+
+    if random_weights is not None:
+        tokens_per_step, prompt_tokens = tokens_per_step or 4, prompt_tokens or "64"
+    config = BenchConfig(
+        concurrency=_list(concurrency, "concurrency", int),
+        prompt_tokens=_list(prompt_tokens, "prompt_tokens", int),
+        thresholds=_list(threshold, "threshold", float),
+        sub_block_sizes=_list(sub_block_size, "sub_block_size", int),
+        sub_block_cache=_list(sub_block_cache, "sub_block_cache", bool),
+        compile=_list(compiled, "compile", bool),
+        new_tokens=new_tokens,
+        requests=requests,
+        rounds=rounds,
+        repeats=repeats,
+        tokens_per_step=tokens_per_step,
+        threads=threads,
+    )
+    from rich.console import Console
+
+    from parablock.bench.command import run_bench
+
+    run_bench(
+        config, Console(highlight=False), folder, model=model, ar=ar, random_weights=random_weights, prompts=prompts,
+        block_size=block_size, dtype=dtype,
+    )  # fmt: skip
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,

@@ -219,3 +219,40 @@ class EngineConfig:
         for name in ("max_rows", "kv_tokens", "max_context", "block_size", "prefill_chunk", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "use at least 1")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `parablock bench` measures: the cross product of the lists, each case `repeats` times.
+
+    `concurrency`: requests in flight. `prompt_tokens`: prompts of random tokens of these lengths; empty: the workload's
+    own prompts. `thresholds`, `sub_block_sizes`, `sub_block_cache`: of block diffusion alone. `compile`: the engine's.
+    A case answers `requests` prompts, or `rounds` times its concurrency, whichever is more. Answers have at most
+    `new_tokens` tokens, to random prompts exactly so many. `tokens_per_step`: reveal so many per step instead of what a
+    threshold allows (for random weights, whose confidence means nothing).
+    """
+
+    concurrency: tuple[int, ...] = (1, 8, 32)
+    prompt_tokens: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = (0.9,)
+    sub_block_sizes: tuple[int, ...] = (8,)
+    sub_block_cache: tuple[bool, ...] = (True,)
+    compile: tuple[bool, ...] = (False,)
+    new_tokens: int = 128
+    requests: int = 16
+    rounds: int = 2
+    repeats: int = 5
+    tokens_per_step: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("new_tokens", "requests", "rounds", "repeats", "tokens_per_step", "threads"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "use at least 1")
+        for name in ("concurrency", "thresholds", "sub_block_sizes", "sub_block_cache", "compile"):
+            _require(bool(getattr(self, name)), name, getattr(self, name), "name at least one value")
+        for name in ("concurrency", "prompt_tokens", "sub_block_sizes"):
+            _require(all(v >= 1 for v in getattr(self, name)), name, getattr(self, name), "use values of at least 1")
+        _require(
+            all(0.0 <= v <= 1.0 for v in self.thresholds), "thresholds", self.thresholds, "use values in [0, 1]"
+        )  # fmt: skip

@@ -186,6 +186,9 @@ def test_eager_attention_and_the_model_beside_the_engine() -> None:
         assert engine.generate(ROWS, BASE).tokens == before
         assert pb.generate(model, ROWS, BASE).tokens == before  # the model still serves others
         hf = model.generate(torch.tensor([ROWS[0]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        with pb.Engine(model) as second:  # one model, two engines
+            assert second.generate(ROWS, BASE).tokens == before
+        assert engine.generate(ROWS, BASE).tokens == before
     assert model.config._attn_implementation == "eager"
     assert torch.equal(hf, model.generate(torch.tensor([ROWS[0]]), max_new_tokens=5, do_sample=False, pad_token_id=0))
 

@@ -83,6 +83,59 @@ def plot_losses(path: Path, log: Sequence[dict[str, float]], title: str) -> None
     _write(figure, path)
 
 
+def plot_concurrency(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """System tokens per second, and tokens per second of one request, against the requests in flight."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    fields = (("tokens_per_second", "tokens per second, all requests"), ("request_tokens_per_second", "of one request"))
+    for axis, (field, label) in zip(axes, fields, strict=True):
+        for name, mine in _lines(rows).items():
+            axis.plot(
+                [row["concurrency"] for row in mine], [row[field] for row in mine], "o-",
+                label=name, color=GREY if mine[0]["mode"] == "autoregressive" else None,
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="requests in flight", ylabel=label)
+        ticks = sorted({row["concurrency"] for row in rows})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    _write(figure, path)
+
+
+def plot_context(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Milliseconds per engine step against the prompt's length."""
+    kinds = {
+        name: {
+            "lengths": [row["prompt_tokens"] for row in mine],
+            "milliseconds": [1000 * row["step"] for row in mine],
+        }
+        for name, mine in _lines(rows).items()
+    }  # fmt: skip
+    plot_steps(path, kinds, title)
+
+
+def plot_steps(path: Path, kinds: dict[str, dict[str, Any]], title: str) -> None:
+    """Milliseconds per step against the context (`lengths`, `milliseconds` of every kind of step)."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for name, kind in kinds.items():
+        axis.plot(kind["lengths"], kind["milliseconds"], "o-", label=name)
+    axis.set(xlabel="tokens of context", ylabel="milliseconds per step", title=title)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    _write(figure, path)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["name"], []).append(row)
+    return lines
+
+
 def _pyplot() -> Any:
     require_library("matplotlib", "plot")
     import matplotlib

@@ -5,7 +5,7 @@ it; the number `runner` leads to the runner whose K/V memory and current step it
 """
 
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ENGINE_ATTENTION = "parablock_engine"
 
 _runners: "WeakValueDictionary[int, Runner]" = WeakValueDictionary()  # an operator cannot be handed an object
+# how many engines a model serves, and the attention it had before
+_lent: "WeakKeyDictionary[Any, tuple[int, str]]" = WeakKeyDictionary()
 _library: Any = torch.library.Library("parablock", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("attend(Tensor query, Tensor key, Tensor value, float scale, int layer, int runner) -> Tensor")
 
@@ -56,14 +58,30 @@ def engine_attention(
     return torch.ops.parablock.attend(query, key, value, scale, module.layer_idx, runner), None
 
 
-def register_engine_attention() -> str:
-    """Make `engine_attention` known to transformers; returns the name to select it by."""
+def _register_engine_attention() -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ENGINE_ATTENTION, cast(Any, engine_attention))
     AttentionMaskInterface.register(ENGINE_ATTENTION, sdpa_mask)
     return ENGINE_ATTENTION
+
+
+def lend_attention(model: Any) -> None:
+    """Let the model's attention serve engines; `return_attention` undoes it when the last engine has closed."""
+    engines, before = _lent.get(model, (0, model.config._attn_implementation))
+    _lent[model] = (engines + 1, before)
+    if not engines:
+        model.set_attn_implementation(_register_engine_attention())
+
+
+def return_attention(model: Any) -> None:
+    """The model's own attention is back once no engine uses it any more."""
+    engines, before = _lent.pop(model)
+    if engines > 1:
+        _lent[model] = (engines - 1, before)
+    else:
+        model.set_attn_implementation(before)
 
 
 def register_runner(number: int, runner: "Runner") -> None:

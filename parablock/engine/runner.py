@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from parablock.config import EngineConfig, Model
 from parablock.decoding.unmasking import propose, uniform
-from parablock.engine.attention import register_engine_attention, register_runner
+from parablock.engine.attention import lend_attention, register_runner, return_attention
 from parablock.engine.rows import EngineRows
 from parablock.engine.schedule import Group, Plan
 
@@ -78,12 +78,11 @@ class Runner:
         self._share = 1  # G
         self._groups: list[_GroupInputs] = []
         self._slots_T = torch.zeros(0, dtype=torch.long)  # where the T queries' K/V are written
-        self._before = model.config._attn_implementation
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device)  # keeps the model from making one
         self._forward: Any = self._call_model
         self._graphs: dict[Any, tuple[Any, Tensor, Tensor]] | None = {} if config.cuda_graphs else None
         register_runner(self.number, self)
-        model.set_attn_implementation(register_engine_attention())
+        lend_attention(model)
         try:
             with torch.inference_mode():
                 probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
@@ -120,7 +119,7 @@ class Runner:
 
     def close(self) -> None:
         """Give the model its own attention back and free the K/V memory."""
-        self.model.set_attn_implementation(self._before)
+        return_attention(self.model)
         self._pool.clear()
         self._groups.clear()
 

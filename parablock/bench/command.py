@@ -1,0 +1,108 @@
+"""What `parablock bench` does: models and prompts, the measurement with its progress, the table, the files."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from parablock.bench.throughput import COLUMNS, Case, Workload, measure, report, table, write_report
+from parablock.config import BenchConfig, require_library
+
+TASK_PROMPTS = 256  # of the bundled task
+SHOWN = 7  # columns that a terminal has room for; report.md has all
+
+
+def run_bench(
+    config: BenchConfig,
+    console: Console,
+    folder: Path,
+    *,
+    model: str = "bundled",
+    ar: str | None = None,
+    random_weights: str | None = None,
+    prompts: Path | None = None,
+    block_size: int = 32,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Measure, print the table, write table, plots and JSON to `folder`; returns the report.
+
+    Raises:
+        ValueError: an unknown shape or dtype, a model that cannot be loaded, an empty file of prompts.
+    """
+    require_library("matplotlib", "plot")  # told before minutes are spent
+    if random_weights is not None:
+        workload, name = _random_workload(random_weights, block_size, dtype), f"random weights, {random_weights}"
+    else:
+        workload, name = _workload(model, ar, prompts, dtype), model
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading")
+
+        def show(done: int, total: int, case: Case) -> None:
+            bar.update(task, completed=done, total=total, description=f"{case.name}, {case.concurrency} in flight")
+
+        results = measure(workload, config, progress=show)
+    content = report(config, name, results)
+    setting = content["setting"]
+    printed = Table(
+        *COLUMNS[:SHOWN],
+        title=f"{name} on {setting['processor']}, torch {setting['torch']}, {workload.models['diffusion'].dtype}; "
+        f"medians of {config.repeats} interleaved repeats",
+    )
+    for line in table(content["rows"]):
+        printed.add_row(*line[:SHOWN])
+    console.print(printed)
+    for file in write_report(folder, content):
+        console.print(f"  {file}")
+    return content
+
+
+def _random_workload(shape: str, block_size: int, dtype: str | None) -> Workload:
+    from parablock.bench.shapes import random_model
+
+    device = _device()
+    made = random_model(shape, block_size=block_size, dtype=_dtype(dtype or "bfloat16"), device=device)
+    return Workload({"diffusion": made, "autoregressive": made}, [], made.config.mask_token_id)
+
+
+def _workload(model: str, ar: str | None, prompts: Path | None, dtype: str | None) -> Workload:
+    from parablock.checkpoints.load import NotAdaptedWarning, load
+    from parablock.data.chat import encode_prompt
+    from parablock.evals.word_problems import test_problems
+
+    if prompts is not None:
+        questions = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+        if not questions:
+            raise ValueError(f"{prompts} holds no prompt; write one per line")
+    else:
+        questions = [problem.question for problem in test_problems(1, TASK_PROMPTS)]
+    kind = None if dtype is None else _dtype(dtype)
+    loaded, tokenizer = load(model, dtype=kind)
+    other = ar or ("bundled-ar" if model == "bundled" else None)
+    autoregressive = loaded
+    if other is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotAdaptedWarning)
+            autoregressive, _ = load(other, dtype=kind)
+    if tokenizer.chat_template is None:
+        encoded = [tokenizer(question)["input_ids"] for question in questions]
+    else:
+        encoded = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
+    return Workload({"diffusion": loaded, "autoregressive": autoregressive}, encoded, loaded.config.mask_token_id)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {name!r} is unknown; use 'float32', 'bfloat16' or 'float16'")
+    return getattr(torch, name)

@@ -1,0 +1,80 @@
+"""One measured run: a number of requests in flight, until all have been answered."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from parablock.config import DecodeConfig
+from parablock.engine.engine import Engine
+from parablock.engine.request import Handle, Request
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run came to.
+
+    `tokens_per_second`: response tokens of all requests over the wall-clock time, prefill included (tps per system);
+    `request_tokens_per_second`: of one request, from submission to end (median). `ttft`: seconds from submission to the
+    first settled token; `tpot`: seconds per further token (medians; `ttft_95`: 95th percentile). `step`: seconds per
+    engine step (median). `tokens_per_forward`: response tokens per decode forward of a request, ratio of sums.
+    `kv_bytes`: the most K/V memory that requests held.
+    """
+
+    requests: int
+    tokens: int
+    seconds: float
+    steps: int
+    tokens_per_second: float
+    request_tokens_per_second: float
+    tokens_per_forward: float
+    ttft: float
+    ttft_95: float
+    tpot: float
+    step: float
+    kv_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def run_load(engine: Engine, prompts: Sequence[list[int]], config: DecodeConfig, concurrency: int) -> Measured:
+    """Answer all `prompts`, `concurrency` at a time: when one is done, the next is submitted."""
+    waiting = list(reversed(prompts))
+    running: list[Handle] = []
+    done: list[Handle] = []
+    steps: list[float] = []
+    pages = 0
+    started = time.perf_counter()
+    while waiting or running:
+        while waiting and len(running) < concurrency:
+            running.append(engine.submit(Request(waiting.pop(), config)))
+        before = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - before)
+        pages = max(pages, engine.pool.held)
+        done += [handle for handle in running if handle.done]
+        running = [handle for handle in running if not handle.done]
+    seconds = time.perf_counter() - started
+    answers = [(handle, handle.result()) for handle in done]
+    tokens = sum(len(answer) for _, answer in answers)
+    first = sorted(handle.first_token or 0.0 for handle in done)
+    further = [
+        ((h.seconds or 0.0) - (h.first_token or 0.0)) / (len(answer) - 1) for h, answer in answers if len(answer) > 1
+    ]
+    return Measured(
+        requests=len(done),
+        tokens=tokens,
+        seconds=seconds,
+        steps=len(steps),
+        tokens_per_second=tokens / seconds,
+        request_tokens_per_second=statistics.median(len(answer) / (h.seconds or seconds) for h, answer in answers),
+        tokens_per_forward=tokens / max(1, sum(handle.forwards for handle in done)),
+        ttft=statistics.median(first),
+        ttft_95=first[min(len(first) - 1, int(0.95 * len(first)))],
+        tpot=statistics.median(further) if further else 0.0,
+        step=statistics.median(steps),
+        kv_bytes=pages * engine.block_size * engine.runner.bytes_per_token,
+    )
