@@ -4,7 +4,7 @@
     python benchmarks/engine.py batch-one      # some of: batch-one, load, context, large, documents
 
 - batch-one: one request at a time, against the reference loop; when compiling has paid off;
-- load: 1 to 32 requests in flight, AR against block diffusion (what `parablock bench` measures);
+- load: 1 to 128 requests in flight, AR against block diffusion (what `parablock bench` measures);
 - context: milliseconds per step against the context, up to 8192 tokens;
 - large: a denoising step in the shape of Qwen2.5-0.5B, against a bare forward of the same matrices.
 
@@ -122,7 +122,7 @@ def load(repeats: int) -> dict[str, Any]:
     prompts = [encode_prompt(tokenizer, p.messages()[:1]) for p in test_problems(1, 256)]
     workload = Workload({"diffusion": diffusion, "autoregressive": ar}, prompts, 600)
     config = BenchConfig(
-        concurrency=(1, 2, 4, 8, 16, 32), sub_block_sizes=(8, 32), compile=(False, True), repeats=repeats
+        concurrency=(1, 4, 8, 16, 32, 64, 128), sub_block_sizes=(8, 32), compile=(False, True), repeats=repeats
     )
     rows = summarise(measure(workload, config, progress=lambda done, total, case: print(done, total, case, flush=True)))
     plot_concurrency(PICTURES / "load.png", rows, "bundled model, 2 CPU cores, float32")

@@ -26,11 +26,15 @@ ONE_THREAD = 5e7  # multiplications of a forward up to which one thread is the f
 
 @dataclass(frozen=True)
 class _GroupShape:
-    """A group, as far as it decides which operations run. `first_page`: K/V of its single row lie in one piece."""
+    """A group, as far as it decides which operations run.
+
+    `first_page`: the K/V of its single row lie in one piece from there, and it looks at `slots` of them.
+    """
 
     rows: int
     width: int
     pages: int
+    slots: int
     first_page: int | None
     limits: int  # how many limits a row has: none if all see everything, 1, or one for every query
 
@@ -57,7 +61,7 @@ class _Pool:
         """The K or V `[n, H_kv, P D, d]` of a group's rows; a view where they lie in one piece."""
         shape, (_, D, kv_heads, width) = group.shape, self.pages.shape
         if shape.first_page is not None:
-            size = (1, kv_heads, shape.pages * D, width)
+            size = (1, kv_heads, shape.slots, width)
             return self.pages.as_strided(size, self.strides, shape.first_page * D * kv_heads * width)
         gathered = self.pages.index_select(0, group.table_nP.view(-1))
         return gathered.view(shape.rows, shape.pages * D, kv_heads, width).transpose(1, 2)
@@ -156,10 +160,9 @@ class Runner:
             limit_nW = np.where(rows.autoregressive_R[group.rows_n, None], position_nW + 1, end_nW)
             if (limit_nW == limit_nW[:, :1]).all():
                 limit_nW = limit_nW[:, :1]
-            if self._graphs is None and (limit_nW == group.pages * D).all():
-                limit_nW = limit_nW[:, :0]
-            shapes.append(self._shape(group, table_nP, limit_nW.shape[1]))
-            parts += [table_nP, limit_nW]
+            shape = self._shape(group, table_nP, limit_nW)
+            shapes.append(shape)
+            parts += [table_nP, limit_nW[:, : shape.limits]]
         wanted = plan.source_M
         if self._graphs is not None:
             wanted = np.pad(wanted, (0, (1 << (len(wanted) - 1).bit_length()) - len(wanted) if len(wanted) else 1))
@@ -168,13 +171,17 @@ class Runner:
         sizes = [queries, queries, queries, len(wanted), *(x.size for x in parts)]
         return torch.from_numpy(np.concatenate([x.ravel() for x in arrays])), sizes, tuple(shapes)
 
-    def _shape(self, group: Group, table_nP: np.ndarray, limits: int) -> _GroupShape:
-        first_page = None
-        if len(table_nP) == 1 and self._graphs is None:
+    def _shape(self, group: Group, table_nP: np.ndarray, limit_nW: np.ndarray) -> _GroupShape:
+        n, limits, slots, first_page = len(group.rows_n), limit_nW.shape[1], group.pages * self.block_size, None
+        if self._graphs is None:
             first = int(table_nP[0, 0])
-            if (table_nP[0] == np.arange(first, first + group.pages)).all():
+            if n == 1 and (table_nP[0] == np.arange(first, first + group.pages)).all():
                 first_page = first
-        return _GroupShape(len(group.rows_n), group.width, group.pages, first_page, limits)
+                if limits == 1:
+                    slots = int(limit_nW[0, 0])
+            if limits == 1 and (limit_nW == slots).all():
+                limits = 0  # everything that is looked at is seen
+        return _GroupShape(n, group.width, group.pages, slots, first_page, limits)
 
     def _compute(self, packed: Tensor, sizes: list[int], shapes: tuple[_GroupShape, ...]) -> Tensor:
         """Logits `[M, V]`, from the packed numbers alone."""
