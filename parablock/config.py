@@ -197,8 +197,8 @@ class EngineConfig:
     None: what `max_rows` requests of full context need, or less, so that it fits a quarter of the free memory (three
     quarters on CUDA). `max_context`: the longest prompt with its answer; None: the model's own. `block_size` None: the
     checkpoint's own. `prefill_chunk`: how many prompt tokens a step runs at most, so that a long prompt does not stall
-    the others. `prefix_cache`: keep the K/V of finished requests, and reuse what a new prompt begins with, as long as
-    nobody else needs the memory.
+    the others (more where more tokens than that are decoded in the step). `prefix_cache`: keep the K/V of finished
+    requests, and reuse what a new prompt begins with, as long as nobody else needs the memory.
 
     `compile`: torch.compile the model's forward: some 20 seconds at the first steps, faster steps after. `cuda_graphs`:
     capture the forward of every shape; rows and contexts are padded to powers of two. `threads`: of torch on a CPU;

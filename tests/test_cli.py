@@ -32,11 +32,11 @@ def test_version_and_help_import_nothing_heavy() -> None:
     assert run("--version").stdout.strip() == f"parablock {parablock.__version__}"
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "demo"])
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "bench"])
 def test_every_command_explains_itself(command: str) -> None:
     out = run(command, "--help")
     assert out.returncode == 0
-    assert "--model" in out.stdout or command == "demo"
+    assert "--model" in out.stdout or command in ("demo", "bench")
 
 
 def test_public_names() -> None:

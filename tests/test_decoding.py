@@ -190,7 +190,7 @@ def test_one_token_per_step_is_the_slowest_and_threshold_one_equals_it(model: An
 confidences = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8)
 
 
-@given(confidences, st.floats(0, 1), st.floats(0.1, 4), st.integers(1, 8), st.data())
+@given(confidences, st.floats(0, 1, width=32), st.floats(0.1, 4), st.integers(1, 8), st.data())
 def test_reveal_strategies(values: list[float], threshold: float, factor: float, k: int, data: Any) -> None:
     masked = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
     c, m = torch.tensor([values]), torch.tensor([masked])
@@ -256,8 +256,7 @@ def test_top_p_and_temperature_follow_the_definition() -> None:
     n = 20000
     u = uniform(3, torch.arange(n)[:, None], torch.zeros(n, 1, dtype=torch.long), torch.zeros(n, 1, dtype=torch.long))
     assert 0 <= u.min() <= u.max() < 1
-    config = pb.DecodeConfig(temperature=0.7, top_p=0.9)
-    tokens, confidence = propose(logits.expand(n, 1, 4), u, config)
+    tokens, confidence = propose(logits.expand(n, 1, 4), u, temperature=0.7, top_p=0.9)
     p = (logits[0, 0] / 0.7).softmax(-1)
     kept = p * torch.tensor([1, 1, 0, 0])  # 0.76 alone is below 0.9, with the second it is above
     kept = kept / kept.sum()

@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-EXAMPLES = {"quickstart.py": "####", "adapt.py 4": "tokens per forward", "checkpoints.py": "#### 29"}
+EXAMPLES = {
+    "quickstart.py": "####",
+    "adapt.py 4": "tokens per forward",
+    "checkpoints.py": "#### 29",
+    "engine.py": "'running': 0",
+}
 
 
 @pytest.mark.parametrize(("command", "shows"), EXAMPLES.items())
@@ -41,7 +46,8 @@ def test_architecture_lists_every_file() -> None:
 
 def test_rooms_import_only_from_rooms_above() -> None:
     rooms = [
-        "config", "data", "diffusion", "training", "decoding", "checkpoints", "app", "evals", "bench", "adapt", "demo",
+        "config", "data", "diffusion", "training", "decoding", "checkpoints", "engine", "app", "evals", "bench",
+        "adapt", "demo",
     ]  # fmt: skip
     for path in (ROOT / "parablock").rglob("*.py"):
         room = path.relative_to(ROOT / "parablock").parts[0].removesuffix(".py")

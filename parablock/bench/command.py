@@ -12,7 +12,8 @@ from parablock.bench.throughput import COLUMNS, Case, Workload, measure, report,
 from parablock.config import BenchConfig, require_library
 
 TASK_PROMPTS = 256  # of the bundled task
-SHOWN = 7  # columns that a terminal has room for; report.md has all
+NEEDED_WIDTH = 124  # of the table; narrower terminals wrap its lines
+SHOWN = 9  # columns that a terminal has room for; report.md has all, and the ranges
 
 
 def run_bench(
@@ -52,9 +53,10 @@ def run_bench(
         title=f"{name} on {setting['processor']}, torch {setting['torch']}, {workload.models['diffusion'].dtype}; "
         f"medians of {config.repeats} interleaved repeats",
     )
-    for line in table(content["rows"]):
+    printed.columns[0].no_wrap = True
+    for line in table(content["rows"], ranges=False):
         printed.add_row(*line[:SHOWN])
-    console.print(printed)
+    console.print(printed, width=max(console.width, NEEDED_WIDTH), crop=False)
     for file in write_report(folder, content):
         console.print(f"  {file}")
     return content

@@ -86,20 +86,24 @@ def plot_losses(path: Path, log: Sequence[dict[str, float]], title: str) -> None
 def plot_concurrency(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """System tokens per second, and tokens per second of one request, against the requests in flight."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    shades = plt.get_cmap("tab10")
+    variants = list(dict.fromkeys(_plain(row["name"]) for row in rows if row["mode"] == "diffusion"))
     fields = (("tokens_per_second", "tokens per second, all requests"), ("request_tokens_per_second", "of one request"))
     for axis, (field, label) in zip(axes, fields, strict=True):
         for name, mine in _lines(rows).items():
+            ar = mine[0]["mode"] == "autoregressive"
             axis.plot(
-                [row["concurrency"] for row in mine], [row[field] for row in mine], "o-",
-                label=name, color=GREY if mine[0]["mode"] == "autoregressive" else None,
+                [row["concurrency"] for row in mine], [row[field] for row in mine],
+                "o--" if mine[0]["compile"] else "o-", label=name,
+                color=GREY if ar else shades(variants.index(_plain(name))),
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="requests in flight", ylabel=label)
         ticks = sorted({row["concurrency"] for row in rows})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.25)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title, fontsize=10)
     _write(figure, path)
 
@@ -127,6 +131,10 @@ def plot_steps(path: Path, kinds: dict[str, dict[str, Any]], title: str) -> None
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     _write(figure, path)
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(", compiled")
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

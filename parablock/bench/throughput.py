@@ -37,7 +37,7 @@ class Case:
         """What tells it apart from others at the same load."""
         parts = ["AR"]
         if self.mode == "diffusion":
-            parts = ["block diffusion", f"sub-block {self.sub_block_size}"]
+            parts = ["diffusion", f"sub-block {self.sub_block_size}"]
             parts += [] if self.threshold is None else [f"threshold {self.threshold:g}"]
             parts += [] if self.sub_block_cache else ["no sub-block cache"]
         return ", ".join([*parts, *(["compiled"] if self.compile else [])])
@@ -182,15 +182,16 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def table(rows: list[dict[str, Any]], *, ranges: bool = True) -> list[list[str]]:
     """The lines under `COLUMNS`: medians, and in brackets the range over the repeats."""
     lines = []
     for row in rows:
         (low, high), (slow, fast) = row["tokens_per_second_range"], row["speed_up_range"]
+        of_speed, of_ratio = (f" ({low:.0f} to {high:.0f})", f" ({slow:.2f} to {fast:.2f})") if ranges else ("", "")
         lines.append([
             row["name"], str(row["concurrency"]), str(row["prompt_tokens"] or "own"),
-            f"{row['tokens_per_second']:.0f} ({low:.0f} to {high:.0f})",
-            f"{row['speed_up']:.2f}x ({slow:.2f} to {fast:.2f})", f"{row['tokens_per_forward']:.2f}",
+            f"{row['tokens_per_second']:.0f}{of_speed}", f"{row['speed_up']:.2f}x{of_ratio}",
+            f"{row['tokens_per_forward']:.2f}",
             f"{1000 * row['ttft']:.1f}", f"{1000 * row['tpot']:.2f}", f"{1000 * row['step']:.2f}",
             f"{row['request_tokens_per_second']:.0f}", f"{row['kv_bytes'] / 1e6:.1f}",
         ])  # fmt: skip

@@ -79,16 +79,18 @@ def plan(rows: EngineRows, active: np.ndarray, prefill_chunk: int, powers_of_two
     single = active[autoregressive & ~prefilling]
     prefill = prefill_end = commit = whole = part = active[:0]
     work = []
-    if prefilling.any():
-        prefill, width = _choose_prefills(rows, active[prefilling], prefill_chunk)
-        prefill_end = np.minimum(rows.start_R[prefill] + width, rows.prefill_R[prefill])
-        work.append(_prefill(rows, prefill, width))
     if len(denoise):
         blocks, commit_n, whole_n = _denoise(rows, denoise)
         commit, whole, part = denoise[commit_n], denoise[whole_n & ~commit_n], denoise[~whole_n]
         work.append(blocks)
     if len(single):
         work.append(_one_token(rows, single))
+    if prefilling.any():
+        # where many rows decode, as many prompt tokens beside them: else new requests would wait while rows run empty
+        decoding = sum(int(kind.width_n.sum()) for kind in work)
+        prefill, width = _choose_prefills(rows, active[prefilling], max(prefill_chunk, decoding))
+        prefill_end = np.minimum(rows.start_R[prefill] + width, rows.prefill_R[prefill])
+        work.append(_prefill(rows, prefill, width))
     grouped = _group(rows, work, powers_of_two)
     return Plan(*grouped, prefill, prefill_end, commit, whole, part, single)
 
