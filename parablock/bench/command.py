@@ -56,7 +56,7 @@ def run_bench(
     printed.columns[0].no_wrap = True
     for line in table(content["rows"], ranges=False):
         printed.add_row(*line[:SHOWN])
-    console.print(printed, width=max(console.width, NEEDED_WIDTH), crop=False)
+    (console if console.width >= NEEDED_WIDTH else Console(width=NEEDED_WIDTH, highlight=False)).print(printed)
     for file in write_report(folder, content):
         console.print(f"  {file}")
     return content
