@@ -1,5 +1,6 @@
 """The engine: the reference loop's tokens whatever runs beside, memory that comes back, errors that stay put."""
 
+import itertools
 import threading
 import warnings
 from collections.abc import Iterator
@@ -165,6 +166,34 @@ def test_shapes_rounded_to_powers_of_two_change_nothing(model: Any, mode: Any) -
         engine.config = replace(engine.config, cuda_graphs=True)
         assert engine.generate(ROWS, config).tokens == expected
         assert empty(engine)
+
+
+def plain_varlen_attn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: None, max_q: int,
+    max_k: int, *, scale: float, enable_gqa: bool, seqused_k: torch.Tensor, block_table: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """What torch documents of `varlen_attn` with a block table, row by row, for any device."""
+    assert enable_gqa == (query.shape[1] != key.shape[2])
+    assert cu_seq_q.dtype == seqused_k.dtype == block_table.dtype == torch.int32
+    out = torch.empty_like(query)
+    for row, (begin, end) in enumerate(itertools.pairwise(cu_seq_q.tolist())):
+        assert end - begin <= max_q
+        assert seqused_k[row] <= max_k
+        k, v = (x[block_table[row]].flatten(0, 1)[: seqused_k[row]].transpose(0, 1) for x in (key, value))
+        q = query[begin:end].transpose(0, 1)
+        mine = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale, enable_gqa=True)
+        out[begin:end] = mine[0].transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+def test_attention_that_reads_pages_in_place(model: Any, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen_attn)  # needs CUDA
+    config = replace(BASE, mode=mode)
+    with pb.Engine(model, pb.EngineConfig(max_rows=5)) as engine:
+        assert not engine.runner._paged
+        engine.runner._paged = True
+        assert engine.generate(ROWS, config).tokens == pb.generate(model, ROWS, config).tokens
 
 
 def test_compiled_engines_give_the_same_tokens_each_on_its_own_model(model: Any) -> None:

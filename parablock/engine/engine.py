@@ -136,7 +136,8 @@ class Engine:
             if left <= 0:
                 raise TimeoutError(f"the request is still {handle.status} after {timeout} seconds")
             if self._thread is None:
-                self.step()
+                if not self.step() and not arrived():
+                    raise RuntimeError(f"the engine has nothing to run, but the request is {handle.status}")
             else:
                 with self._changed:
                     self._changed.wait_for(lambda: arrived() or self._thread is None, min(left, 3600))

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from parablock.config import EngineConfig, Model
-from parablock.decoding.unmasking import propose, uniform
 from parablock.engine.attention import lend_attention, register_runner, return_attention
+from parablock.engine.paged import paged_attention, paged_attention_works
+from parablock.engine.proposals import propose_tokens
 from parablock.engine.rows import EngineRows
 from parablock.engine.schedule import Group, Plan
 
@@ -44,6 +45,7 @@ class _GroupInputs:
     shape: _GroupShape
     queries: slice  # of the T queries
     table_nP: Tensor
+    limit_n: Tensor | None  # slots each row sees, where `paged_attention` is used
     mask: Tensor | None  # [n, 1, 1 or G W, P D] bool
 
 
@@ -80,6 +82,7 @@ class Runner:
         self._pool: list[tuple[_Pool, _Pool]] = []  # K and V of every layer
         self._kv_shapes: dict[int, tuple[torch.Size, torch.Size, torch.dtype]] = {}
         self._share = 1  # G
+        self._paged = False  # attention reads the pages where they lie
         self._groups: list[_GroupInputs] = []
         self._slots_T = torch.zeros(0, dtype=torch.long)  # where the T queries' K/V are written
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device)  # keeps the model from making one
@@ -120,6 +123,8 @@ class Runner:
                 *shapes, dtype = self._kv_shapes[layer]
                 key, value = (_Pool(pages + 1, self.block_size, shape, dtype, self.device) for shape in shapes)
                 self._pool.append((key, value))
+        key, value = self._pool[0]
+        self._paged = paged_attention_works(key.pages, value.pages, key.pages.shape[2] * self._share)
 
     def close(self) -> None:
         """Give the model its own attention back and free the K/V memory."""
@@ -140,7 +145,7 @@ class Runner:
                 logits = self._replay(packed, sizes, shapes) if self._graphs is not None else None
                 if logits is None:
                     logits = self._compute(packed.to(self.device), sizes, shapes)
-                return self._propose(logits[: len(plan.owner_M)], rows, plan)
+                return propose_tokens(logits[: len(plan.owner_M)], rows, plan)
         finally:
             torch.set_num_threads(threads)
 
@@ -173,7 +178,7 @@ class Runner:
 
     def _shape(self, group: Group, table_nP: np.ndarray, limit_nW: np.ndarray) -> _GroupShape:
         n, limits, slots, first_page = len(group.rows_n), limit_nW.shape[1], group.pages * self.block_size, None
-        if self._graphs is None:
+        if self._graphs is None and not self._paged:
             first = int(table_nP[0, 0])
             if n == 1 and (table_nP[0] == np.arange(first, first + group.pages)).all():
                 first_page = first
@@ -190,8 +195,9 @@ class Runner:
         for shape in shapes:
             n, W = shape.rows, shape.width
             table_nP, limit_n1 = next(rest).view(n, shape.pages), next(rest).view(n, shape.limits)
-            mask = self._visible(limit_n1, shape.pages) if shape.limits else None
-            self._groups.append(_GroupInputs(shape, slice(base, base + n * W), table_nP, mask))
+            limit_n = limit_n1[:, 0] if self._paged and shape.limits == 1 else None
+            mask = self._visible(limit_n1, shape.pages) if shape.limits and limit_n is None else None
+            self._groups.append(_GroupInputs(shape, slice(base, base + n * W), table_nP, limit_n, mask))
             base += n * W
         if not len(wanted_M):  # the head needs something to run on
             wanted_M = positions_T[:1] * 0
@@ -228,6 +234,10 @@ class Runner:
         for group in self._groups:
             n, W = group.shape.rows, group.shape.width
             q = query if len(self._groups) == 1 else query[:, :, group.queries]
+            if group.limit_n is not None:
+                q, k, v = q[0].transpose(0, 1), pools[0].pages, pools[1].pages
+                outputs.append(paged_attention(q, k, v, group.table_nP, group.limit_n, W, scale)[None])
+                continue
             # the G heads of a K/V head stand as more queries of it: no K/V is repeated
             if n == 1:
                 q = q.reshape(1, key.shape[1], -1, q.shape[3])  # [1, H_kv, G W, d]
@@ -246,56 +256,6 @@ class Runner:
     def _note_shapes(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
         self._share = query.shape[1] // key.shape[1]
         self._kv_shapes[layer] = (key[0, :, 0].shape, value[0, :, 0].shape, key.dtype)
-
-    def _propose(self, logits_MV: Tensor, rows: EngineRows, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and confidences on the host; the mask token is never among them."""
-        if not len(plan.owner_M):
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-        device = logits_MV.device
-        row_M = plan.rows_K[plan.owner_M]
-        mask_token_M = rows.mask_token_R[row_M]
-        if (mask_token_M == mask_token_M[0]).all():
-            if mask_token_M[0] >= 0:
-                logits_MV[:, int(mask_token_M[0])] = -torch.inf
-        else:
-            has = (mask_token_M >= 0).nonzero()[0]
-            where = torch.from_numpy(np.stack([has, mask_token_M[has]])).to(device)
-            logits_MV[where[0], where[1]] = -torch.inf
-        sampled = (rows.temperature_R[row_M] > 0).nonzero()[0]
-        if len(sampled) < len(row_M):
-            tokens, confidence = propose(logits_MV, None)
-        if len(sampled):
-            drawn = self._sample(logits_MV, rows, row_M[sampled], plan.target_M[sampled], sampled)
-            if len(sampled) == len(row_M):
-                tokens, confidence = drawn
-            else:
-                index = torch.from_numpy(sampled).to(device)
-                tokens[index], confidence[index] = drawn
-        if device.type == "cpu":
-            return tokens.numpy(), confidence.numpy()
-        host = torch.stack([tokens.double(), confidence.double()]).cpu().numpy()  # the one wait
-        return host[0].astype(np.int64), host[1].astype(np.float32)
-
-    @staticmethod
-    def _sample(
-        logits_MV: Tensor, rows: EngineRows, row_m: np.ndarray, target_m: np.ndarray, which_m: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
-        """Samples for some predictions, each with its row's settings and random numbers."""
-        device = logits_MV.device
-        # an autoregressive row's first token comes from its prefill, as draw 0
-        decoding_m = rows.start_R[row_m] >= rows.prefill_R[row_m]
-        draw_m = rows.forwards_R[row_m] + (rows.autoregressive_R[row_m] & decoding_m)
-        whole = np.stack([rows.seed_R[row_m], rows.sample_R[row_m], target_m, draw_m, rows.top_k_R[row_m], which_m])
-        seed, sample, target, draw, top_k, which = torch.from_numpy(whole).to(device)
-        real = np.stack([rows.temperature_R[row_m], rows.top_p_R[row_m]])
-        temperature, top_p = torch.from_numpy(real).to(device)
-        return propose(
-            logits_MV[which],
-            uniform(seed, sample, target, draw),
-            temperature=temperature[:, None],
-            top_p=top_p[:, None],
-            top_k=top_k[:, None] if (rows.top_k_R[row_m] < logits_MV.shape[-1]).any() else None,
-        )
 
     def _replay(self, packed: Tensor, sizes: list[int], shapes: tuple[_GroupShape, ...]) -> Tensor:
         """The same forward from a captured CUDA graph; the first time a shape is met, it is captured."""

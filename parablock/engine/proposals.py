@@ -1,0 +1,63 @@
+"""What the logits of a step propose: a token and its confidence for every wanted prediction, by each row's settings.
+
+Shapes: M predictions, m some of them, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parablock.decoding.unmasking import propose, uniform
+from parablock.engine.rows import EngineRows
+from parablock.engine.schedule import Plan
+
+
+def propose_tokens(logits_MV: Tensor, rows: EngineRows, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and confidences on the host; the mask token is never among them."""
+    if not len(plan.owner_M):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    device = logits_MV.device
+    row_M = plan.rows_K[plan.owner_M]
+    mask_token_M = rows.mask_token_R[row_M]
+    if (mask_token_M == mask_token_M[0]).all():
+        if mask_token_M[0] >= 0:
+            logits_MV[:, int(mask_token_M[0])] = -torch.inf
+    else:
+        has = (mask_token_M >= 0).nonzero()[0]
+        where = torch.from_numpy(np.stack([has, mask_token_M[has]])).to(device)
+        logits_MV[where[0], where[1]] = -torch.inf
+    sampled = (rows.temperature_R[row_M] > 0).nonzero()[0]
+    if len(sampled) < len(row_M):
+        tokens, confidence = propose(logits_MV, None)
+    if len(sampled):
+        drawn = _sample(logits_MV, rows, row_M[sampled], plan.target_M[sampled], sampled)
+        if len(sampled) == len(row_M):
+            tokens, confidence = drawn
+        else:
+            index = torch.from_numpy(sampled).to(device)
+            tokens[index], confidence[index] = drawn
+    if device.type == "cpu":
+        return tokens.numpy(), confidence.numpy()
+    host = torch.stack([tokens.double(), confidence.double()]).cpu().numpy()  # the one wait
+    return host[0].astype(np.int64), host[1].astype(np.float32)
+
+
+def _sample(
+    logits_MV: Tensor, rows: EngineRows, row_m: np.ndarray, target_m: np.ndarray, which_m: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Samples for some predictions, each with its row's settings and random numbers."""
+    device = logits_MV.device
+    # an autoregressive row's first token comes from its prefill, as draw 0
+    decoding_m = rows.start_R[row_m] >= rows.prefill_R[row_m]
+    draw_m = rows.forwards_R[row_m] + (rows.autoregressive_R[row_m] & decoding_m)
+    whole = np.stack([rows.seed_R[row_m], rows.sample_R[row_m], target_m, draw_m, rows.top_k_R[row_m], which_m])
+    seed, sample, target, draw, top_k, which = torch.from_numpy(whole).to(device)
+    real = np.stack([rows.temperature_R[row_m], rows.top_p_R[row_m]])
+    temperature, top_p = torch.from_numpy(real).to(device)
+    return propose(
+        logits_MV[which],
+        uniform(seed, sample, target, draw),
+        temperature=temperature[:, None],
+        top_p=top_p[:, None],
+        top_k=top_k[:, None] if (rows.top_k_R[row_m] < logits_MV.shape[-1]).any() else None,
+    )
