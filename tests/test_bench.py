@@ -44,6 +44,8 @@ def test_a_load_keeps_so_many_in_flight_and_loses_none() -> None:
         assert out.tokens_per_second == pytest.approx(out.tokens / out.seconds)
         alone = [pb.generate(model, prompt, config) for prompt in PROMPTS]
         assert out.tokens_per_forward == pytest.approx(out.tokens / sum(o.decode_forwards[0] for o in alone))
+        # a short prompt has no prefill: every query is one of a block or a sub-block
+        assert 8 * out.tokens / out.tokens_per_forward >= out.queries_per_token * out.tokens >= 4 * len(PROMPTS)
         assert 0 < out.ttft <= out.ttft_95 <= out.seconds
         assert out.kv_bytes == 2 * 8 * concurrency * (2 * 2 * 2 * 8 * 4)  # pages, tokens, requests, bytes per token
 

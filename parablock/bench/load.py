@@ -18,8 +18,10 @@ class Measured:
     `tokens_per_second`: response tokens of all requests over the wall-clock time, prefill included (tps per system);
     `request_tokens_per_second`: of one request, from submission to end (median). `ttft`: seconds from submission to the
     first settled token; `tpot`: seconds per further token (medians; `ttft_95`: 95th percentile). `step`: seconds per
-    engine step (median). `tokens_per_forward`: response tokens per decode forward of a request, ratio of sums.
-    `kv_bytes`: the most K/V memory that requests held.
+    engine step (median). `queries_per_token`: tokens that the forwards ran, prompts and masks included, for each
+    response token: what the arithmetic is proportional to. `tokens_per_forward`: response tokens per decode forward of
+    a request, ratio of sums. `kv_bytes`: the most K/V memory that requests held. `memory_bytes`:
+    of the process at the end of the run; on CUDA the most that was allocated during it.
     """
 
     requests: int
@@ -29,11 +31,13 @@ class Measured:
     tokens_per_second: float
     request_tokens_per_second: float
     tokens_per_forward: float
+    queries_per_token: float
     ttft: float
     ttft_95: float
     tpot: float
     step: float
     kv_bytes: int
+    memory_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -46,7 +50,11 @@ def run_load(engine: Engine, prompts: Sequence[list[int]], config: DecodeConfig,
     running: list[Handle] = []
     done: list[Handle] = []
     steps: list[float] = []
-    pages = 0
+    if engine.runner.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(engine.runner.device)
+    pages, queries = 0, engine.runner.queries
     started = time.perf_counter()
     while waiting or running:
         while waiting and len(running) < concurrency:
@@ -71,10 +79,22 @@ def run_load(engine: Engine, prompts: Sequence[list[int]], config: DecodeConfig,
         steps=len(steps),
         tokens_per_second=tokens / seconds,
         request_tokens_per_second=statistics.median(len(answer) / (h.seconds or seconds) for h, answer in answers),
+        queries_per_token=(engine.runner.queries - queries) / tokens,
         tokens_per_forward=tokens / max(1, sum(handle.forwards for handle in done)),
         ttft=statistics.median(first),
         ttft_95=first[min(len(first) - 1, int(0.95 * len(first)))],
         tpot=statistics.median(further) if further else 0.0,
         step=statistics.median(steps),
         kv_bytes=pages * engine.block_size * engine.runner.bytes_per_token,
+        memory_bytes=_memory(engine.runner.device),
     )
+
+
+def _memory(device: Any) -> int:
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -178,7 +178,7 @@ def report(config: BenchConfig, model: str, results: list[tuple[Case, list[Measu
 
 COLUMNS = (
     "decoder", "in flight", "prompt", "tokens/s", "over AR", "tokens/forward", "TTFT ms", "ms/token", "ms/step",
-    "tokens/s of one", "K/V MB",
+    "queries/token", "tokens/s of one", "K/V MB", "memory MB",
 )  # fmt: skip
 
 
@@ -193,7 +193,8 @@ def table(rows: list[dict[str, Any]], *, ranges: bool = True) -> list[list[str]]
             f"{row['tokens_per_second']:.0f}{of_speed}", f"{row['speed_up']:.2f}x{of_ratio}",
             f"{row['tokens_per_forward']:.2f}",
             f"{1000 * row['ttft']:.1f}", f"{1000 * row['tpot']:.2f}", f"{1000 * row['step']:.2f}",
-            f"{row['request_tokens_per_second']:.0f}", f"{row['kv_bytes'] / 1e6:.1f}",
+            f"{row['queries_per_token']:.2f}", f"{row['request_tokens_per_second']:.0f}",
+            f"{row['kv_bytes'] / 1e6:.1f}", f"{row['memory_bytes'] / 1e6:.0f}",
         ])  # fmt: skip
     return lines
 

@@ -78,6 +78,7 @@ class Runner:
         self.device = torch.device(model.device)
         self.number = next(_numbers)
         self.threads = config.threads
+        self.queries = 0  # tokens that all forwards ran so far, prompts included
         self.weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
         self._pool: list[tuple[_Pool, _Pool]] = []  # K and V of every layer
         self._kv_shapes: dict[int, tuple[torch.Size, torch.Size, torch.dtype]] = {}
@@ -135,8 +136,9 @@ class Runner:
     def run(self, rows: EngineRows, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """One forward: a token and its confidence `[M]` for every wanted prediction. Waits for the device once."""
         threads = torch.get_num_threads()
+        queries = sum(len(group.rows_n) * group.width for group in plan.groups)
+        self.queries += queries
         if self.device.type == "cpu":
-            queries = sum(len(group.rows_n) * group.width for group in plan.groups)
             few = self.weights * queries < ONE_THREAD
             torch.set_num_threads(self.threads or (1 if few else threads))
         try:
