@@ -222,6 +222,34 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """How `parablock serve` listens, and what it refuses.
+
+    `max_rows` answers are decoded together, `max_queue` more may wait; beyond that requests are refused (429).
+    `deadline`: seconds until an answer must be whole. `max_body`: bytes of a request. `cors_origin`: web pages of these
+    origins may ask. `drain`: seconds that running requests get after SIGTERM. `compile`: the engine's.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_rows: int = 32
+    max_queue: int = 128
+    deadline: float = 600.0
+    max_body: int = 1_000_000
+    cors_origin: tuple[str, ...] = ()
+    drain: float = 60.0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "port", self.port, "use 1 to 65535, or 0 for any free one")
+        _require(self.max_rows >= 1, "max_rows", self.max_rows, "use at least 1")
+        _require(self.max_queue >= 0, "max_queue", self.max_queue, "use 0 or more")
+        _require(self.max_body >= 1, "max_body", self.max_body, "use at least 1")
+        _require(self.deadline > 0, "deadline", self.deadline, "use a positive number of seconds")
+        _require(self.drain >= 0, "drain", self.drain, "use 0 or more seconds")
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """What `parablock bench` measures: the cross product of the lists, each case `repeats` times.
 

@@ -1,0 +1,72 @@
+"""From answers to the client: whole or as a stream, until it is told or has gone away."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from parablock.server.bodies import Writer
+from parablock.server.errors import ApiError
+
+GONE = 499  # the status in the log of a request whose client left
+
+
+class Delivery(Response):
+    """The response to one request. However it ends, the answers are closed and `ended(outcome)` is called once."""
+
+    def __init__(self, writer: Writer, ended: Callable[[str], None], *, stream: bool) -> None:
+        super().__init__()
+        self._writer = writer
+        self._ended = ended
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, and watch for the client meanwhile."""
+        outcome = "cancelled"
+        try:
+            if self._stream:
+                outcome = await _unless_gone(self._send_events(send), receive)
+            else:
+                whole = await _unless_gone(self._writer.whole(), receive)
+                outcome = "finished"
+                self._ended_once(outcome)
+                await JSONResponse(whole)(scope, receive, send)
+        except ApiError as error:
+            outcome = "cancelled" if error.status == GONE else "error"
+            raise
+        finally:
+            self._ended_once(outcome)
+
+    async def _send_events(self, send: Send) -> str:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers.append((b"x-accel-buffering", b"no"))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for event in self._writer.events():
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        return "error" if self._writer.failed else "finished"
+
+    def _ended_once(self, outcome: str) -> None:
+        ended, self._ended = self._ended, lambda _: None
+        ended(outcome)
+
+
+async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
+    """The work's result; ApiError, and the work is cancelled, if the client goes away before."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(GONE, "the client has gone away")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
