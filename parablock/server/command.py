@@ -16,7 +16,7 @@ from parablock.config import EngineConfig, ServeConfig
 from parablock.server.app import State, create_app
 from parablock.server.served import load_models
 
-POLL = 0.05  # seconds between looks at what still runs
+POLL = 0.1  # seconds between looks at what still runs
 
 
 class _Server(uvicorn.Server):

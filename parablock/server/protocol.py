@@ -159,13 +159,19 @@ class CompletionBody(Body):
 
     prompt: str | list[str] | list[int] | list[list[int]]
 
+    @model_validator(mode="after")
+    def _some_prompt(self) -> "CompletionBody":
+        if not self.prompts():
+            raise ValueError("prompt is an empty list; pass a text, token ids, or several of either")
+        return self
+
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return [*self.prompt]
 
     def choices(self) -> int:
         """How many answers are asked for, over all prompts."""
