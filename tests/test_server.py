@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -61,16 +63,16 @@ def test_a_stream_is_the_same_answer(server: Served, bundled: tuple[Any, Any]) -
 
 def test_settings_reach_the_decoder(server: Served, bundled: tuple[Any, Any]) -> None:
     extra = {"threshold": 0.5, "sub_block_size": 16, "top_k": 20, "sub_block_cache": False}
-    config = pb.DecodeConfig(**extra, temperature=1.0, top_p=0.9, seed=7, max_new_tokens=24)
+    config = pb.DecodeConfig(**extra, temperature=6.0, top_p=0.95, seed=7, max_new_tokens=24)
     sampled = server.client.chat.completions.create(
-        **ASK, n=3, temperature=1.0, top_p=0.9, seed=7, max_completion_tokens=24, extra_body=extra
+        **ASK, n=3, temperature=6.0, top_p=0.95, seed=7, max_completion_tokens=24, extra_body=extra
     )
     expected = answers(bundled, config, rows=3)
     assert [c.message.content for c in sampled.choices] == expected
     assert len(set(expected)) > 1
     streamed = [""] * 3
     for chunk in server.client.chat.completions.create(
-        **ASK, n=3, temperature=1.0, top_p=0.9, seed=7, max_tokens=24, extra_body=extra, stream=True
+        **ASK, n=3, temperature=6.0, top_p=0.95, seed=7, max_tokens=24, extra_body=extra, stream=True
     ):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == expected
@@ -229,6 +231,25 @@ def test_a_client_that_leaves_frees_its_row(server: Served) -> None:
     asyncio.run(leave())
     server.wait_until_idle()
     assert server.metric("parablock_requests_total", outcome="cancelled") == before + 8
+
+
+def test_many_ask_at_once(server: Served, bundled: tuple[Any, Any]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda _: server.client.chat.completions.create(**ASK), range(24)))
+    assert {whole.choices[0].message.content for whole in seen} == {answers(bundled)[0]}
+
+
+def test_a_client_that_reads_slowly_holds_up_nobody(server: Served) -> None:
+    slow = ASK | {"max_tokens": 400, "mode": "autoregressive", "temperature": 90.0, "stream": True, "denoising": True}
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
+        body = json.dumps(slow).encode()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        for _ in range(5):
+            assert server.client.chat.completions.create(**ASK).choices[0].finish_reason == "stop"
+        server.wait_until_idle(20)  # its row, too, is free long before it has read all
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_health_metrics_and_logs(server: Served, bundled: tuple[Any, Any]) -> None:

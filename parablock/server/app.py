@@ -66,7 +66,7 @@ class State:
 
 def create_app(served: Sequence[ServedModel], config: ServeConfig, key: str | None = None) -> FastAPI:
     """The application over running engines; `key`: what clients must send as a bearer token."""
-    app = FastAPI(title="parablock", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="parablock", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
     app.state.server = state = State(served, config)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
