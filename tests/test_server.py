@@ -3,9 +3,12 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,6 +16,7 @@ import pytest
 from serving import ASK, QUESTION, Served, serve
 
 import parablock as pb
+from parablock.config import ServeConfig
 from parablock.data.chat import encode_prompt, encode_text
 
 
@@ -241,7 +245,8 @@ def test_many_ask_at_once(server: Served, bundled: tuple[Any, Any]) -> None:
 
 def test_a_client_that_reads_slowly_holds_up_nobody(server: Served) -> None:
     slow = ASK | {"max_tokens": 400, "mode": "autoregressive", "temperature": 90.0, "stream": True, "denoising": True}
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
         body = json.dumps(slow).encode()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -263,6 +268,23 @@ def test_health_metrics_and_logs(server: Served, bundled: tuple[Any, Any]) -> No
     assert line["tokens"] > 0
     assert {"id", "ms", "model", "path"} <= set(line)
     assert not any(secret in server.text() for secret in (QUESTION, answers(bundled)[0], json.dumps(QUESTION)))
+
+
+def test_the_example_runs(server: Served, bundled: tuple[Any, Any]) -> None:
+    script = Path(__file__).parent.parent / "examples" / "serving.py"
+    out = subprocess.run([sys.executable, script, f"{server.url}/v1"], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert "tokens per forward" in out.stdout
+    assert "1 distinct answer of 16" in out.stdout
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"port": 70000}, "port=70000"), ({"max_rows": 0}, "max_rows=0"), ({"max_queue": -1}, "max_queue=-1"),
+    ({"deadline": 0.0}, "deadline=0.0"), ({"max_body": 0}, "max_body=0"), ({"drain": -1.0}, "drain=-1.0"),
+])  # fmt: skip
+def test_wrong_settings_of_a_server_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServeConfig(**values)
 
 
 def test_unknown_paths_and_methods_have_openais_shape(server: Served) -> None:
