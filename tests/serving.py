@@ -16,6 +16,8 @@ import openai
 
 QUESTION = "Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?"
 ASK: dict[str, Any] = {"model": "bundled", "messages": [{"role": "user", "content": QUESTION}]}
+# 400 tokens, one per forward: nothing else ends it
+LONG = ASK | {"max_tokens": 400, "seed": 2, "temperature": 90.0, "extra_body": {"mode": "autoregressive"}}
 
 
 class Served:

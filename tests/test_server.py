@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import ASK, QUESTION, Served, serve
+from serving import ASK, LONG, QUESTION, Served, serve
 
 import parablock as pb
 from parablock.config import ServeConfig
@@ -216,15 +216,13 @@ def test_special_tokens_in_messages_are_text(server: Served, bundled: tuple[Any,
 
 
 def test_a_client_that_leaves_frees_its_row(server: Served) -> None:
-    slow = ASK | {"max_tokens": 400, "extra_body": {"mode": "autoregressive", "temperature": 5.0}}
-
     async def leave() -> None:
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        streams = [await client.chat.completions.create(**slow, stream=True) for _ in range(4)]
+        streams = [await client.chat.completions.create(**LONG, stream=True) for _ in range(4)]
         await anext(aiter(streams[0]))
         for stream in streams:
             await stream.close()
-        whole = [asyncio.create_task(client.chat.completions.create(**slow)) for _ in range(4)]
+        whole = [asyncio.create_task(client.chat.completions.create(**LONG)) for _ in range(4)]
         await asyncio.sleep(0.2)
         for task in whole:
             task.cancel()
