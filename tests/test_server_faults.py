@@ -81,6 +81,7 @@ def test_a_full_queue(server: Served) -> None:
         server.client.chat.completions.create(**ASK)
     assert refused.value.code == "queue_full"
     assert int(refused.value.response.headers["Retry-After"]) >= 1
+    assert server.metric("parablock_http_responses_total", status="429") == 1
     with pytest.raises(openai.BadRequestError, match="ask for fewer"):
         server.client.chat.completions.create(**ASK, n=3)
     for stream in streams:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 TYPES = {
@@ -19,6 +20,21 @@ TYPES = {
     504: "timeout_error",
 }
 HTTP_NAMES = {"max_new_tokens": "max_tokens"}  # what a setting is called over HTTP
+
+
+class ErrorDetails(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error as the client reads it."""
+
+    error: ErrorDetails
 
 
 class ApiError(Exception):
