@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from parablock import __version__
-from parablock.config import DecodeConfig
-from parablock.options import NOTHING, Given, adapt_options, decode_options
+from parablock.config import DecodeConfig, ServeConfig, require_library
+from parablock.options import NOTHING, Given, adapt_options, decode_options, serve_options
 
 app = typer.Typer(
     help="Turn autoregressive language models into block-diffusion models and decode them many tokens at a time.",
@@ -237,6 +237,23 @@ def bench(
         config, Console(highlight=False), folder, model=model, ar=ar, random_weights=random_weights, prompts=prompts,
         block_size=block_size, dtype=dtype,
     )  # fmt: skip
+
+
+@app.command()
+@serve_options
+def serve(
+    model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled', 'bundled-ar'.")] = "bundled",
+    also: Annotated[list[str] | None, typer.Option(help="One more model in the same server (repeatable).")] = None,
+    given: Given = NOTHING,
+) -> None:
+    """Serve models over OpenAI's HTTP interface; the key, if there is one, is in PARABLOCK_API_KEY."""
+    config = ServeConfig(**given)
+    require_library("uvicorn", "serve")
+    require_library("fastapi", "serve")
+    require_library("prometheus_client", "serve")
+    from parablock.server.command import run_server
+
+    run_server([model, *(also or [])], config, os.environ.get("PARABLOCK_API_KEY") or None)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 Model = Any  # a decoder-only language model of transformers; what its config holds depends on the architecture
+LEAST = 1e-6  # what is smaller vanishes when probabilities are computed in float32
 Mode = Literal["diffusion", "autoregressive"]
 Strategy = Literal["threshold", "factor", "fixed"]
 FirstTokenContext = Literal["noisy", "clean"]
@@ -175,8 +176,10 @@ class DecodeConfig:
             _require(value is None or value >= 1, name, value, "use at least 1")
         _require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")
         _require(self.factor > 0.0, "factor", self.factor, "use a positive value")
-        _require(self.temperature >= 0.0, "temperature", self.temperature, "use 0 (greedy) or more")
-        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "use a value in (0, 1]")
+        sampled = LEAST <= self.temperature <= 1 / LEAST
+        remedy = f"use 0 (greedy) or a value in [{LEAST:g}, {1 / LEAST:g}]"
+        _require(self.temperature == 0.0 or sampled, "temperature", self.temperature, remedy)
+        _require(LEAST <= self.top_p <= 1.0, "top_p", self.top_p, f"use a value in [{LEAST:g}, 1]")
         if self.block_size is not None:
             _require(self.block_size >= 1, "block_size", self.block_size, "use at least 1")
             self.check_sub_block(self.block_size)
@@ -219,6 +222,34 @@ class EngineConfig:
         for name in ("max_rows", "kv_tokens", "max_context", "block_size", "prefill_chunk", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "use at least 1")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How `parablock serve` listens, and what it refuses.
+
+    `max_rows` answers are decoded together, `max_queue` more may wait; beyond that requests are refused (429).
+    `deadline`: seconds until an answer must be whole. `max_body`: bytes of a request. `cors_origin`: web pages of these
+    origins may ask; None: none. `drain`: seconds that running requests get after SIGTERM. `compile`: the engine's.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_rows: int = 32
+    max_queue: int = 128
+    deadline: float = 600.0
+    max_body: int = 1_000_000
+    cors_origin: tuple[str, ...] | None = None
+    drain: float = 60.0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "port", self.port, "use 1 to 65535, or 0 for any free one")
+        _require(self.max_rows >= 1, "max_rows", self.max_rows, "use at least 1")
+        _require(self.max_queue >= 0, "max_queue", self.max_queue, "use 0 or more")
+        _require(self.max_body >= 1, "max_body", self.max_body, "use at least 1")
+        _require(self.deadline > 0, "deadline", self.deadline, "use a positive number of seconds")
+        _require(self.drain >= 0, "drain", self.drain, "use 0 or more seconds")
 
 
 @dataclass(frozen=True)

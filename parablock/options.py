@@ -1,4 +1,4 @@
-"""The options of `parablock generate`, `chat` and `adapt`: one for every field of the config class behind them."""
+"""The options of the commands that have a config class: one for every field of it."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
-from parablock.config import AdaptConfig, DecodeConfig
+from parablock.config import AdaptConfig, DecodeConfig, ServeConfig
 
 Given = dict[str, Any]  # options of a config class, by name
 NOTHING: Given = {}
@@ -73,6 +73,18 @@ ADAPT_HELP = {
     "check_samples": "How many prompts a check answers.",
 }
 
+SERVE_HELP = {
+    "host": "The address to listen on; 0.0.0.0 is every network.",
+    "port": "0: any free one, which is printed.",
+    "max_rows": "Answers decoded together.",
+    "max_queue": "Answers that may wait; further ones are refused (429).",
+    "deadline": "Seconds until an answer must be whole.",
+    "max_body": "The longest request in bytes.",
+    "cors_origin": "Web pages of this origin may ask (repeatable). Default: none.",
+    "drain": "Seconds that running requests get after SIGTERM.",
+    "compile": "torch.compile: slower start, faster steps.",
+}
+
 Command = Callable[..., None]
 
 
@@ -97,7 +109,7 @@ def _options_of(
                 kind = str
             elif f.name == "stop_token_ids":
                 kind = list[int] | None
-            elif f.name == "report_to":
+            elif f.name in ("report_to", "cors_origin"):
                 kind = list[str]
             option = typer.Option(help=texts[f.name], rich_help_panel=panel)
             if not defaults:
@@ -121,3 +133,4 @@ def _options_of(
 
 decode_options = _options_of(DecodeConfig, DECODE_HELP, "Decoding", defaults=True)
 adapt_options = _options_of(AdaptConfig, ADAPT_HELP, "Recipe", defaults=False)
+serve_options = _options_of(ServeConfig, SERVE_HELP, "Server", defaults=True)

@@ -1,5 +1,6 @@
 """Chat messages -> token ids and labels: only what the assistant says is learned."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CUT = "\ufdd0"  # no character: Unicode keeps it for a program's own use
 IGNORE = -100  # the label of a position that is no target
 
 Message = Mapping[str, str]
@@ -45,7 +47,7 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
                 "from the prompt; train on conversations that end with this message, or use another template"
             )
         for text, learned in ((prompt[len(done) :], False), (answer[len(prompt) :], True)):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = _tokenize(tokenizer, text)
             input_ids += ids
             labels += ids if learned else [IGNORE] * len(ids)
         done = answer
@@ -53,20 +55,43 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """The ids of a conversation up to where the assistant's next answer starts."""
-    text = _render(tokenizer, messages, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    """The ids of a conversation up to where the assistant's next answer starts.
+
+    A special token that is spelled out in a message is text: it ends no turn and is no mask.
+    """
+    return _tokenize(tokenizer, _render(tokenizer, messages, add_generation_prompt=True))
+
+
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a text as the tokenizer begins one; special tokens that are spelled out are text, too."""
+    first, *rest = _cut(tokenizer, text).split(CUT)
+    ids: list[int] = list(tokenizer(first)["input_ids"])
+    return ids + [i for piece in rest for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
     text = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        [{**m, "content": _cut(tokenizer, m["content"])} for m in messages],
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
     )
     assert isinstance(text, str)
     return text
+
+
+def _cut(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """`text` with a cut inside every special token that is spelled out in it, so that none is read as one."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    spelled = "|".join(re.escape(s) for s in sorted(special | set(tokenizer.all_special_tokens)) if len(s) > 1)
+    text = text.replace(CUT, "")
+    return re.sub(f"(?={spelled}).", rf"\g<0>{CUT}", text) if spelled else text
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a rendered text; what a cut separates shares no token."""
+    return [i for piece in text.split(CUT) for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:

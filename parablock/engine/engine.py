@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +68,7 @@ class Engine:
         self.pool = PagePool(pages, self.block_size, prefix_cache=self.config.prefix_cache)
         self.rows = EngineRows(self.config.max_rows, pages_per_row, self.block_size)
         self.steps = 0
+        self.step_seconds = 0.0  # in all steps together
         self._handles: list[Handle | None] = [None] * self.config.max_rows
         self._pages_of: list[list[int]] = [[] for _ in range(self.config.max_rows)]
         self._waiting: deque[Handle] = deque()
@@ -79,8 +81,11 @@ class Engine:
 
     # --- for callers -------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, request: Request, listener: Callable[[], None] | None = None) -> Handle:
         """Queue a request; first come, first served. Safe from any thread.
+
+        `listener` is called after each of the request's updates and after its end, by the thread that runs the steps:
+        it must return at once.
 
         Raises:
             ValueError: a request that can never run: an empty prompt, more tokens than the context or the K/V memory
@@ -89,7 +94,7 @@ class Engine:
         if self._closed:
             raise ValueError("the engine is closed; make a new one")
         config = resolve_request(self.model, request, self.block_size, self.max_context, self.pool.pages)
-        handle = Handle(self, request, config)
+        handle = Handle(self, request, config, listener)
         with self._changed:
             self._inbox.append(handle)
             self._changed.notify_all()
@@ -174,6 +179,11 @@ class Engine:
         self.close()
 
     @property
+    def closed(self) -> bool:
+        """It takes no requests any more."""
+        return self._closed
+
+    @property
     def stats(self) -> dict[str, int]:
         """Requests waiting and running, pages held by them, pages kept for reuse, pages in all, steps so far."""
         return {
@@ -195,6 +205,7 @@ class Engine:
             taking_part = self.rows.active_R.nonzero()[0]
             if not len(taking_part):
                 return False
+            started = time.perf_counter()
             try:
                 work = plan(self.rows, taking_part, self.config.prefill_chunk, self.config.cuda_graphs)
                 taking_part = work.rows
@@ -206,6 +217,7 @@ class Engine:
                 for row in taking_part:
                     if (handle := self._handles[row]) is not None:
                         self._end(handle, "failed", error, int(row))
+            self.step_seconds += time.perf_counter() - started
             return True
 
     def _take_in(self) -> None:
@@ -258,6 +270,7 @@ class Engine:
             if streaming_K[k]:
                 handle.tokens = rows.tokens(row)
                 handle._updates.append(make_update(rows, work, outcome, int(k)))
+                handle._notify()
             if outcome.done_K[k]:
                 last = rows.prompt_R[row] + rows.length_R[row] - 1
                 handle.finish_reason = "stop" if rows.stop_R[row] == last else "length"
@@ -283,6 +296,7 @@ class Engine:
         with self._changed:
             handle.status = status
             self._changed.notify_all()
+        handle._notify()
 
     def _register(self, row: int) -> None:
         """The row's committed blocks may be reused."""

@@ -1,8 +1,9 @@
 """What a caller hands to the engine, and what it gets back."""
 
+import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,8 @@ from parablock.config import DecodeConfig
 
 if TYPE_CHECKING:
     from parablock.engine.engine import Engine
+
+log = logging.getLogger(__name__)
 
 Status = Literal["waiting", "running", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length"]
@@ -53,7 +56,9 @@ class Update:
 class Handle:
     """A submitted request: its state, its tokens, and how to wait for more of them."""
 
-    def __init__(self, engine: "Engine", request: Request, config: DecodeConfig) -> None:
+    def __init__(
+        self, engine: "Engine", request: Request, config: DecodeConfig, listener: Callable[[], None] | None = None
+    ) -> None:
         self.request = request
         self.config = config  # nothing left open: what the checkpoint decides is filled in
         self.status: Status = "waiting"
@@ -66,6 +71,7 @@ class Handle:
         self.first_token: float | None = None  # seconds from submission until a first token had settled
         self.seconds: float | None = None  # from submission to the end
         self._engine = engine
+        self._listener = listener
         self._updates: deque[Update] = deque()
         self._cancelled = False
 
@@ -100,6 +106,21 @@ class Handle:
                 self._raise_failure()
                 return
             self._engine.wait(self, timeout=timeout, for_update=True)
+
+    def take_updates(self) -> list[Update]:
+        """The steps since the last call, without waiting: for callers whom a listener tells when there are any."""
+        taken: list[Update] = []
+        while self._updates:
+            taken.append(self._updates.popleft())
+        return taken
+
+    def _notify(self) -> None:
+        """Tell the listener; its failure is its own."""
+        if self._listener is not None:
+            try:
+                self._listener()
+            except Exception:
+                log.exception("a request's listener failed")
 
     def _raise_failure(self) -> None:
         if self.status == "failed":

@@ -1,0 +1,182 @@
+"""The answers to one request, from the engine's threads to the event loop, which never waits for them blocking."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from parablock.config import DecodeConfig
+from parablock.engine.request import Handle, Request, Update
+from parablock.server.errors import ApiError, from_value_error
+from parablock.server.served import ServedModel
+from parablock.server.text import AnswerText
+
+
+@dataclass
+class Choice:
+    """One answer being decoded."""
+
+    index: int
+    handle: Handle
+    text: AnswerText
+    tokens: int = 0  # settled so far
+    forwards: int = 0
+    finish_reason: str | None = None
+
+
+@dataclass
+class Piece:
+    """What is new of one answer: text that may be shown, steps, and the reason if it ended."""
+
+    choice: Choice
+    text: str
+    updates: list[Update] = field(default_factory=list)
+
+
+class Answers:
+    """All answers to one request. `close` frees what they hold, at whatever point.
+
+    Args:
+        served: the model.
+        prompts: one entry per answer, in the order of the choices.
+        config: how all of them are decoded.
+        stops: strings before which an answer ends.
+        stream: pieces are wanted as they come.
+        deadline: seconds until the answers must be whole.
+
+    Raises:
+        ApiError: settings the model cannot serve, or too many requests.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        prompts: Sequence[list[int]],
+        config: DecodeConfig,
+        stops: Sequence[str],
+        *,
+        stream: bool,
+        deadline: float,
+    ) -> None:
+        self.served = served
+        self.prompts = prompts
+        self.started = time.perf_counter()
+        self.seconds: float | None = None
+        self.choices: list[Choice] = []
+        self._deadline = deadline
+        self._changed = asyncio.Event()
+        loop, changed = asyncio.get_running_loop(), self._changed
+
+        def listener() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(changed.set)
+
+        try:
+            for index, prompt in enumerate(prompts):
+                request = Request(prompt, config, stream=stream or bool(stops), sample=index)
+                handle = served.engine.submit(request, listener)
+                served.open += 1
+                self.choices.append(Choice(index, handle, AnswerText(served.tokenizer, stops)))
+        except ValueError as error:
+            self.close()
+            raise from_value_error(error) from None
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Everything new, until all answers are whole.
+
+        Raises:
+            ApiError: decoding failed, or the deadline is over.
+        """
+        while unfinished := [c for c in self.choices if c.finish_reason is None]:
+            self._changed.clear()
+            for choice in unfinished:
+                piece = self._advance(choice)
+                if piece.text or piece.updates or choice.finish_reason is not None:
+                    yield piece
+            if all(choice.finish_reason is not None for choice in self.choices):
+                break
+            try:
+                async with asyncio.timeout(self.seconds_left):
+                    await self._changed.wait()
+            except TimeoutError:
+                text = f"the request took longer than the server's deadline of {self._deadline:g} seconds"
+                raise ApiError(504, text, code="deadline_exceeded") from None
+        self.close()
+
+    def _advance(self, choice: Choice) -> Piece:
+        handle = choice.handle
+        done = handle.done  # read first: what was told before the end is then in the updates
+        if handle.status == "failed":
+            if self.served.engine.closed:
+                raise ApiError(503, "the server is shutting down; try again later", code="shutting_down")
+            raise ApiError(500, "decoding failed; the server goes on, try again", code="decoding_failed")
+        updates = handle.take_updates()
+        new = [token for update in updates for token in update.tokens]
+        if done and not handle.request.stream:
+            new = handle.tokens
+        choice.tokens += len(new)
+        choice.forwards = handle.forwards if done else max([choice.forwards, *(u.forwards for u in updates)])
+        text = choice.text.push(new, last=done)
+        if choice.text.stopped:
+            choice.finish_reason = "stop"
+            handle.cancel()
+        elif done:
+            choice.finish_reason = handle.finish_reason
+        return Piece(choice, text, updates)
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - self.started
+            self.served.open -= len(self.choices)
+            for choice in self.choices:
+                choice.handle.cancel()
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return max(0.0, self.started + self._deadline - time.perf_counter())
+
+    @property
+    def tokens(self) -> int:
+        """Settled so far, in all answers together."""
+        return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def forwards(self) -> int:
+        """Decode forwards so far, added over the answers."""
+        return sum(choice.forwards for choice in self.choices)
+
+    @property
+    def first_token(self) -> float | None:
+        """Seconds until the first token of any answer."""
+        times = [c.handle.first_token for c in self.choices if c.handle.first_token is not None]
+        return min(times, default=None)
+
+    def figures(self) -> dict[str, Any]:
+        """The extension field `parablock`."""
+        seconds = time.perf_counter() - self.started if self.seconds is None else self.seconds
+        first = self.first_token
+        return {
+            "forwards": self.forwards,
+            "tokens_per_forward": round(self.tokens / max(1, self.forwards), 3),
+            "seconds": round(seconds, 4),
+            "ttft": None if first is None else round(first, 4),
+            "tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1),
+            "cached_tokens": self.cached_tokens,
+        }
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not run again."""
+        return sum(choice.handle.cached_tokens for choice in self.choices)
+
+    def usage(self, prompt_tokens: int) -> dict[str, Any]:
+        """OpenAI's usage; `prompt_tokens` counts a prompt once, however many answers it gets."""
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self.tokens,
+            "total_tokens": prompt_tokens + self.tokens,
+            "prompt_tokens_details": {"cached_tokens": min(self.cached_tokens, prompt_tokens)},
+        }

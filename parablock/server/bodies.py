@@ -1,0 +1,95 @@
+"""Answers as OpenAI's JSON: whole, or as the events of a stream."""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from parablock.server.answers import Answers, Piece
+from parablock.server.errors import ApiError
+from parablock.server.text import denoising
+
+DONE = "data: [DONE]\n\n"
+
+
+class Writer:
+    """Writes the answers to one request. `chat`: messages, else plain text."""
+
+    def __init__(
+        self, answers: Answers, prompt_tokens: int, *, chat: bool, usage: bool = False, denoising: bool = False
+    ) -> None:
+        self.answers = answers
+        self.chat = chat
+        self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+        self.failed = False  # a stream ended with an error
+        self._prompt_tokens = prompt_tokens
+        self._usage = usage
+        self._denoising = denoising
+        self._created = int(time.time())
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one object."""
+        texts = [""] * len(self.answers.choices)
+        async for piece in self.answers.pieces():
+            texts[piece.choice.index] += piece.text
+        choices = []
+        for choice, text in zip(self.answers.choices, texts, strict=True):
+            content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            choices.append({"index": choice.index, **content, "logprobs": None, "finish_reason": choice.finish_reason})
+        usage = self.answers.usage(self._prompt_tokens)
+        return {**self._object(choices), "usage": usage, "parablock": self.answers.figures()}
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events; an error ends it with an event of its own."""
+        try:
+            if self.chat:
+                for choice in self.answers.choices:
+                    yield self._event([self._part(choice.index, {"role": "assistant", "content": ""})])
+            async for piece in self.answers.pieces():
+                for event in self._piece(piece):
+                    yield event
+            if self._usage:
+                figures = {"usage": self.answers.usage(self._prompt_tokens), "parablock": self.answers.figures()}
+                yield self._event([], **figures)
+        except ApiError as error:
+            self.failed = True
+            yield f"data: {json.dumps(error.body)}\n\n"
+        finally:
+            self.answers.close()
+        yield DONE
+
+    def _piece(self, piece: Piece) -> list[str]:
+        choice = piece.choice
+        events = []
+        if self._denoising:
+            prompt = len(self.answers.prompts[choice.index])
+            for update in piece.updates:
+                end = prompt + (choice.tokens if update.done else choice.handle.config.max_new_tokens or 0)
+                step = denoising(self.answers.served.tokenizer, update, prompt, end)
+                events.append(self._event([self._part(choice.index, {})], denoising=step))
+        if piece.text:
+            events.append(self._event([self._part(choice.index, {"content": piece.text})]))
+        if choice.finish_reason is not None:
+            last = all(c.finish_reason is not None for c in self.answers.choices)
+            figures = {"parablock": self.answers.figures()} if last else {}
+            events.append(self._event([self._part(choice.index, {}, choice.finish_reason)], **figures))
+        return events
+
+    def _part(self, index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        content: dict[str, Any] = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        usage = {"usage": None} if self._usage else {}
+        return f"data: {json.dumps({**self._object(choices, chunk=True), **usage, **more})}\n\n"
+
+    def _object(self, choices: list[dict[str, Any]], *, chunk: bool = False) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self.answers.served.name,
+            "choices": choices,
+        }

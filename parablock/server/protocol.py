@@ -1,0 +1,191 @@
+"""What a request may say, and the settings it stands for. Anything else is refused by name."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from parablock.config import DecodeConfig, Mode, Strategy
+
+LARGEST = 2**31 - 1
+# of OpenAI's interface: accepted only with the value that changes nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+DECODING = (
+    "mode", "temperature", "top_p", "top_k", "seed", "threshold", "sub_block_size", "strategy", "factor",
+    "tokens_per_step", "sub_block_cache",
+)  # fmt: skip
+
+
+def _whole_characters(text: str) -> str:
+    """JSON can escape half a character, which is no text."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair is no text; send whole characters") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+
+
+class Strict(BaseModel):
+    """Unknown fields and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(Strict):
+    """A piece of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Strict):
+    """One turn of a chat. The fields of OpenAI's answers that hold nothing here may come back as null."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+    def plain(self) -> dict[str, str]:
+        """As the chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(Strict):
+    """`include_usage`: one more chunk at the end, with the usage."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Body(Strict):
+    """What chats and completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Text | list[Text] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    n: int | None = Field(None, ge=1, le=128)
+    temperature: float | None = Field(None, ge=0, le=100, description="0, the default, is greedy.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    mode: Mode | None = Field(None, description="How to decode; by default what the model was made for.")
+    threshold: float | None = Field(None, ge=0, le=1, description="Reveal positions whose confidence is above.")
+    sub_block_size: int | None = Field(None, ge=1, le=LARGEST)
+    strategy: Strategy | None = None
+    factor: float | None = Field(None, gt=0)
+    tokens_per_step: int | None = Field(None, ge=1, le=LARGEST)
+    sub_block_cache: bool | None = None
+    top_k: int | None = Field(None, ge=1, le=LARGEST)
+    denoising: bool | None = Field(None, description="When streaming: every step's provisional tokens as well.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: Any) -> Any:
+        """OpenAI's fields that change nothing are left out; with another value they stay, and are refused."""
+        if not isinstance(body, dict):
+            return body
+        return {
+            name: value
+            for name, value in body.items()
+            if name in cls.model_fields
+            or name not in NEUTRAL
+            or not (value is None or any(type(value) is type(v) and value == v for v in NEUTRAL[name]))
+        }
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Body":
+        stops = self.stops()
+        if len(stops) > 4 or "" in stops:
+            raise ValueError("stop takes up to 4 strings, none of them empty")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options belongs to stream=true; leave it out")
+        if self.denoising and (not self.stream or self.choices() != 1):
+            raise ValueError("denoising=true needs stream=true and a single choice")
+        return self
+
+    def choices(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
+
+    def stops(self) -> list[str]:
+        """The strings before which an answer ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def longest(self) -> int | None:
+        """The most tokens of an answer."""
+        return self.max_tokens
+
+    def decode_config(self, mode: Mode) -> DecodeConfig:
+        """The settings; what is left out has `DecodeConfig`'s default, so without a temperature decoding is greedy."""
+        given = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
+        return DecodeConfig(**{"mode": mode, **given}, max_new_tokens=self.longest())
+
+
+class ChatBody(Body):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatBody":
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens differ; pass one of them")
+        return self
+
+    def longest(self) -> int | None:
+        """The most tokens of an answer."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionBody(Body):
+    """`POST /v1/completions`: a text, token ids, or a list of either."""
+
+    prompt: Text | list[Text] | list[int] | list[list[int]]
+
+    @model_validator(mode="after")
+    def _some_prompt(self) -> "CompletionBody":
+        if not self.prompts():
+            raise ValueError("prompt is an empty list; pass a text, token ids, or several of either")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return [*self.prompt]
+
+    def choices(self) -> int:
+        """How many answers are asked for, over all prompts."""
+        return (self.n or 1) * len(self.prompts())
