@@ -48,10 +48,11 @@ class Client:
             ServerError: the server is gone, or refuses the request.
         """
         body = {**body, "stream": True, "denoising": True, "stream_options": {"include_usage": True}}
+        secure = self.url.startswith("https:")  # certificates take a while to read
         timeout = httpx.Timeout(SILENCE, connect=10)
         try:
             async with (
-                httpx.AsyncClient(timeout=timeout, trust_env=False) as http,
+                httpx.AsyncClient(timeout=timeout, trust_env=False, verify=secure) as http,
                 http.stream("POST", self.url + "/v1/chat/completions", json=body, headers=self._headers) as response,
             ):
                 if response.status_code != 200:

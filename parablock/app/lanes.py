@@ -7,7 +7,7 @@ from typing import Any
 
 from parablock.app.client import Client, ServerError
 
-PAUSE = 0.04  # seconds between two views of a running answer
+PAUSE = 0.06  # seconds between two views of a running answer, so that showing it takes little from decoding it
 
 
 class Lane:
@@ -39,6 +39,7 @@ class Lane:
         """What the stage shows; it stays as it is when more comes."""
         return {
             "title": self.title,
+            "serial": self.body.get("mode") == "autoregressive",
             "events": list(self._events),
             "text": self.text,
             "tokens": self.tokens,
@@ -87,10 +88,9 @@ def verdict(lanes: Sequence[Lane]) -> dict[str, Any] | None:
         return None
     spent = [lane.figures["seconds"] if lane.figures else 0.0 for lane in lanes]
     first = spent.index(min(spent))
-    times = max(spent) / max(min(spent), 1e-9)
     return {
         "fast": lanes[first].title,
         "slow": lanes[1 - first].title,
-        "times": f"{times:.1f}×",
+        "times": max(spent) / max(min(spent), 1e-9),
         "seconds": spent,
     }

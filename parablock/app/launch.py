@@ -41,7 +41,7 @@ def run_app(model: str | None, ar: str | None, url: str | None, host: str, port:
     bundled = name in BUNDLED_MODELS
     site = Site(
         client, name, counterpart, cards[name]["block_size"], cards[name]["context"],
-        history=not bundled, slower=30 if bundled else 1, examples=_problems() if bundled else GENERAL,
+        history=not bundled, slower=10 if bundled else 1, examples=_problems() if bundled else GENERAL,
     )  # fmt: skip
     page = build(site)
     page.launch(

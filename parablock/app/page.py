@@ -70,7 +70,9 @@ class Settings:
         return {"mode": "diffusion", **self.common(), **{name: getattr(self, name) for name in names}}
 
 
-def view(site: Site, session: Session, question: str, lanes: list[Lane], state: str, message: str = "") -> dict[str, Any]:
+def view(
+    site: Site, session: Session, question: str, lanes: list[Lane], state: str, message: str = ""
+) -> dict[str, Any]:
     """The value of the stage."""
     return {
         "run": session.runs,
@@ -119,7 +121,8 @@ async def answer(
 
 def build(site: Site) -> gr.Blocks:
     """The page, to be launched with `look()`."""
-    with gr.Blocks(title="parablock", analytics_enabled=False) as page:
+    page: gr.Blocks = gr.Blocks(title="parablock", analytics_enabled=False, fill_width=True)
+    with page:
         session = gr.State(Session())
         gr.HTML(_head(site))
         with gr.Row(elem_classes="pb-row"):
@@ -131,7 +134,7 @@ def build(site: Site) -> gr.Blocks:
                     apply_default_css=False,
                     elem_id="stage",
                 )
-                with gr.Group():
+                with gr.Group(elem_classes="pb-box"):
                     box = gr.Textbox(
                         placeholder="Type a question", show_label=False, container=False, lines=2, max_lines=8,
                         elem_id="question", autofocus=True, submit_btn=False,
@@ -197,7 +200,8 @@ def _head(site: Site) -> str:
     facts = (("model", site.model), ("block size", site.block_size), ("AR", site.ar))
     pills = "".join(f"<span>{name} <b>{escape(str(fact))}</b></span>" for name, fact in facts)
     return (
-        '<div class="pb-head"><h1><i></i><i></i>parablock</h1><p>Watch a language model write many tokens at a time.</p>'
+        '<div class="pb-head"><h1><i></i><i></i>parablock</h1>'
+        "<p>Watch a language model write many tokens at a time.</p>"
         f'<div class="pb-facts">{pills}</div></div>'
     )
 
@@ -211,9 +215,7 @@ def _controls(site: Site) -> list[Any]:
         list(get_args(Strategy)), value=default.strategy, label="Strategy", info="Which tokens a forward reveals."
     )
     threshold = gr.Slider(0, 1, default.threshold, step=0.01, label="Threshold", info="Those more confident than this.")
-    factor = gr.Slider(
-        0.1, 8, default.factor, step=0.1, label="Factor", info="The more, the bolder.", visible=False
-    )
+    factor = gr.Slider(0.1, 8, default.factor, step=0.1, label="Factor", info="The more, the bolder.", visible=False)
     fixed = gr.Slider(1, site.block_size, 4, step=1, label="Tokens per step", info="So many each time.", visible=False)
     sub_block = gr.Dropdown(
         divisors, value=default.sub_block_size if default.sub_block_size in divisors else site.block_size,

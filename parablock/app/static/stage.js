@@ -36,7 +36,9 @@ function cellsAfter(data, count) {
       else cells[at] = { ...cells[at], fresh: false };
     });
   }
+  if (!count && data.events.length) cells.length = data.events[0].tokens.length;
   for (let i = 0; i < cells.length; i++) cells[i] ??= { masked: true };
+  if (data.serial) cells.length = Math.min(cells.length, cells.findIndex((c) => c.masked) + 1 || Infinity); // and a cursor
   if (data.done && count === data.events.length) return cells.slice(0, data.tokens ?? cells.length).filter((c) => !c.masked);
   return cells;
 }
@@ -56,7 +58,7 @@ const isOver = () => value.state !== "running" && clock >= lastMoment();
 function hueOf(cell, forwards) {
   if (colour === "order") return 300 - 205 * (forwards > 1 ? (cell.forward - 1) / (forwards - 1) : 0);
   if (cell.confidence === null || cell.confidence === undefined) return null;
-  return 45 + 110 * Math.pow(Math.max(0, (cell.confidence - 0.3) / 0.7), 1.5);
+  return 35 + 120 * Math.min(1, -Math.log10(Math.max(0.001, 1 - cell.confidence)) / 3); // by the nines, up to 99.9 %
 }
 
 // ---- drawing ------------------------------------------------------------------------------------------------------
@@ -75,7 +77,8 @@ function drawCell(node, cell, forwards) {
   const shown = cell.text.replace(/\n/g, "↵\n");
   node.className = "pb-token" + (hue === null ? " pb-plain" : "") + (cell.fresh ? " pb-fresh" : "") + (shown ? "" : " pb-end");
   node.style.setProperty("--h", hue ?? 0);
-  node.textContent = shown;
+  const [, lead, core, tail] = shown.match(/^(\s*)([^]*?)(\s*)$/);
+  node.replaceChildren(lead, make("b", "", core), tail);
   const sure = cell.confidence === null || cell.confidence === undefined ? "" : `, confidence ${cell.confidence.toFixed(3)}`;
   node.title = `forward ${cell.forward}${sure}${shown ? "" : ", end of the answer"}`;
 }
@@ -95,13 +98,20 @@ function drawLane(lane) {
   nodes.root.dataset.state = data.error ? "failed" : over ? "done" : "running";
   nodes.error.textContent = data.error ?? "";
   nodes.error.hidden = !data.error;
-  const figures = over && data.figures ? data.figures : {};
+  const figures = over ? data.figures ?? {} : event ? figuresSoFar(event, known) : {};
   const show = (name, text) => (nodes[name].textContent = text ?? "–");
-  show("speed", figures.tokens_per_second === undefined ? null : Math.round(figures.tokens_per_second).toLocaleString("en"));
+  show("speed", figures.tokens_per_second && Math.round(figures.tokens_per_second).toLocaleString("en"));
   show("width", figures.tokens_per_forward?.toFixed(1));
-  show("first", figures.ttft === undefined || figures.ttft === null ? null : seconds(figures.ttft));
-  show("count", event ? String(over ? figures.forwards ?? event.f : event.f) : null);
+  show("first", (data.figures ?? figures).ttft && event && seconds((data.figures ?? figures).ttft));
+  show("count", event && String(figures.forwards ?? event.f));
 }
+
+/** While an answer is not whole; the server's own figures come with its end. */
+const figuresSoFar = (event, known) => ({
+  tokens_per_second: known / event.t,
+  tokens_per_forward: known / Math.max(1, event.f),
+  forwards: event.f,
+});
 
 const seconds = (t) => (t < 0.9995 ? `${Math.round(1000 * t)} ms` : `${t.toFixed(t < 10 ? 2 : 1)} s`);
 
@@ -122,7 +132,8 @@ function draw() {
 }
 
 function drawVerdict(node) {
-  const { fast, slow, times, seconds: spent } = value.verdict;
+  const { fast, slow, seconds: spent } = value.verdict;
+  const times = `${value.verdict.times.toFixed(1)}×`;
   node.replaceChildren(make("strong", "", times), make("span", "", `${fast} was ${times} as fast as ${slow}`));
   const bars = node.appendChild(make("div", "pb-bars"));
   lanes.forEach(({ data }, i) => {
