@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from parablock import __version__
-from parablock.config import DecodeConfig, ServeConfig
+from parablock.config import DecodeConfig, ServeConfig, require_library
 from parablock.options import NOTHING, Given, adapt_options, decode_options, serve_options
 
 app = typer.Typer(
@@ -271,9 +271,7 @@ def serve(
     given: Given = NOTHING,
 ) -> None:
     """Serve models over OpenAI's HTTP interface; the key, if there is one, is in PARABLOCK_API_KEY."""
-    config = ServeConfig(**{name: () if value is None else value for name, value in given.items()})
-    from parablock.config import require_library
-
+    config = ServeConfig(**given)
     require_library("uvicorn", "serve")
     require_library("fastapi", "serve")
     require_library("prometheus_client", "serve")

@@ -227,7 +227,7 @@ class ServeConfig:
 
     `max_rows` answers are decoded together, `max_queue` more may wait; beyond that requests are refused (429).
     `deadline`: seconds until an answer must be whole. `max_body`: bytes of a request. `cors_origin`: web pages of these
-    origins may ask. `drain`: seconds that running requests get after SIGTERM. `compile`: the engine's.
+    origins may ask; None: none. `drain`: seconds that running requests get after SIGTERM. `compile`: the engine's.
     """
 
     host: str = "127.0.0.1"
@@ -236,7 +236,7 @@ class ServeConfig:
     max_queue: int = 128
     deadline: float = 600.0
     max_body: int = 1_000_000
-    cors_origin: tuple[str, ...] = ()
+    cors_origin: tuple[str, ...] | None = None
     drain: float = 60.0
     compile: bool = False
 

@@ -1,4 +1,4 @@
-"""The options of `parablock generate`, `chat`, `adapt` and `serve`: one for every field of the config class behind them."""
+"""The options of the commands that have a config class: one for every field of it."""
 
 import dataclasses
 import functools

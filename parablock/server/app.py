@@ -1,11 +1,13 @@
 """The HTTP application: OpenAI's endpoints over the engines."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from jinja2.exceptions import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -26,6 +28,8 @@ from parablock.server.guards import Guard
 from parablock.server.metrics import Metrics
 from parablock.server.protocol import Body, ChatBody, CompletionBody
 from parablock.server.served import ServedModel
+
+LONG = 20_000  # characters
 
 
 class State:
@@ -62,7 +66,7 @@ class State:
 
 def create_app(served: Sequence[ServedModel], config: ServeConfig, key: str | None = None) -> FastAPI:
     """The application over running engines; `key`: what clients must send as a bearer token."""
-    app = FastAPI(title="parablock", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="parablock", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
     app.state.server = state = State(served, config)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
@@ -81,20 +85,29 @@ def _add_answers(app: FastAPI, state: State) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         served = state.pick(body.model)
         state.admit(served, body.choices())
-        try:
-            prompt = encode_prompt(served.tokenizer, [message.plain() for message in body.messages])
-        except ValueError as error:
-            raise from_value_error(error) from None
-        except Exception as error:  # a template's own complaint, such as roles that do not alternate
-            raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
+        messages = [message.plain() for message in body.messages]
+        prompt = await _encode(encode_prompt, served.tokenizer, messages, sum(len(m["content"]) for m in messages))
         return _answer(state, served, body, request, [prompt], chat=True)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         served = state.pick(body.model)
         state.admit(served, body.choices())
-        prompts = [encode_text(served.tokenizer, p) if isinstance(p, str) else p for p in body.prompts()]
+        prompts = [
+            await _encode(encode_text, served.tokenizer, prompt, len(prompt)) if isinstance(prompt, str) else prompt
+            for prompt in body.prompts()
+        ]
         return _answer(state, served, body, request, prompts, chat=False)
+
+
+async def _encode(encode: Callable[[Any, Any], list[int]], tokenizer: Any, content: Any, length: int) -> list[int]:
+    """Token ids; a long text is tokenized beside the event loop."""
+    try:
+        if length < LONG:
+            return encode(tokenizer, content)
+        return await asyncio.to_thread(encode, tokenizer, content)
+    except (ValueError, TemplateError) as error:  # a template may refuse roles that do not alternate, say
+        raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
 
 
 def _add_views(app: FastAPI, state: State) -> None:
@@ -133,6 +146,10 @@ def _answer(
         config = body.decode_config(served.mode)
     except ValueError as error:
         raise from_value_error(error) from None
+    context = served.engine.max_context
+    if (longest := max(len(prompt) for prompt in prompts)) > context:
+        message = f"a prompt of {longest} tokens exceeds the context of {context} tokens; shorten it"
+        raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
     every = [prompt for prompt in prompts for _ in range(body.n or 1)]
     stream, line = bool(body.stream), request.state.log
     answers = Answers(served, every, config, body.stops(), stream=stream, deadline=state.config.deadline)
@@ -145,6 +162,8 @@ def _answer(
     def ended(outcome: str) -> None:
         state.running -= 1
         answers.close()
+        if outcome == "cancelled":
+            line.setdefault("status", 499)  # a client that left before it was told anything
         line.update(outcome=outcome, tokens=answers.tokens, forwards=answers.forwards)
         state.metrics.ended(answers, outcome)
 

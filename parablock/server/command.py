@@ -16,7 +16,7 @@ from parablock.config import EngineConfig, ServeConfig
 from parablock.server.app import State, create_app
 from parablock.server.served import load_models
 
-POLL = 0.05  # seconds between looks at what still runs
+POLL = 0.1  # seconds between looks at what still runs
 
 
 class _Server(uvicorn.Server):
@@ -79,7 +79,8 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None) -> No
 def _listen(config: ServeConfig) -> socket.socket:
     """The address is taken before the models are loaded, so that a wrong one is told at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns off Nagle's delay only where the protocol is named
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))

@@ -10,7 +10,9 @@ from starlette.types import Receive, Scope, Send
 from parablock.server.bodies import Writer
 from parablock.server.errors import ApiError
 
-GONE = 499  # the status in the log of a request whose client left
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
 
 
 class Delivery(Response):
@@ -25,19 +27,21 @@ class Delivery(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, and watch for the client meanwhile."""
         outcome = "cancelled"
+        response: Response | None = None
         try:
             if self._stream:
                 outcome = await _unless_gone(self._send_events(send), receive)
             else:
-                whole = await _unless_gone(self._writer.whole(), receive)
+                response = JSONResponse(await _unless_gone(self._writer.whole(), receive))
                 outcome = "finished"
-                self._ended_once(outcome)
-                await JSONResponse(whole)(scope, receive, send)
         except ApiError as error:
-            outcome = "cancelled" if error.status == GONE else "error"
-            raise
+            outcome, response = "error", error.response()
+        except ClientGoneError:
+            return
         finally:
-            self._ended_once(outcome)
+            self._ended(outcome)
+        if response is not None:
+            await response(scope, receive, send)
 
     async def _send_events(self, send: Send) -> str:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -48,18 +52,14 @@ class Delivery(Response):
         await send({"type": "http.response.body", "body": b""})
         return "error" if self._writer.failed else "finished"
 
-    def _ended_once(self, outcome: str) -> None:
-        ended, self._ended = self._ended, lambda _: None
-        ended(outcome)
-
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
-    """The work's result; ApiError, and the work is cancelled, if the client goes away before."""
+    """The work's result; if the client goes away before, the work is cancelled."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(GONE, "the client has gone away")
+            raise ClientGoneError
         return task.result()
     finally:
         task.cancel()

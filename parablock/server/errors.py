@@ -61,14 +61,15 @@ def from_value_error(error: ValueError) -> ApiError:
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """The first thing that is wrong with a body, named."""
     first = errors[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    # pydantic also names which kind of a union it tried
+    where = [str(part) for part in first["loc"] if part not in ("body", "str") and "[" not in str(part)]
     param = ".".join(where) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported; leave it out", param, "unsupported_parameter")
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON", None, "invalid_json")
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # our own words, which begin with the field
+    if param is None and first["type"] == "value_error":  # our own words, which begin with the field
         return ApiError(400, message, re.split(r"\W", message, maxsplit=1)[0], "invalid_value")
     return ApiError(400, f"{param or 'the body'}: {message}", param, "invalid_value")
 

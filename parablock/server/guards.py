@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import secrets
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parablock.server.errors import ApiError
+
+log = logging.getLogger(__name__)
 
 BODY_SECONDS = 30.0  # a body that takes longer to arrive is given up
 
@@ -27,6 +30,7 @@ class Guard:
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, pass on, log."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -48,6 +52,7 @@ class Guard:
             await error.response()(scope, receive, told)
         except Exception as error:
             line["error"] = type(error).__name__
+            log.exception("request %s failed", line["id"])
             if "status" in line:  # the answer has begun: nothing to add
                 raise
             await ApiError(500, "the server failed; try again", code="internal_error").response()(scope, receive, told)
@@ -71,7 +76,7 @@ class Guard:
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body:
             raise too_large
-        body = b""
+        body: bytes = b""
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from parablock.server.answers import Answers
 from parablock.server.served import ServedModel
 
+PER_FORWARD = (1, 1.5, 2, 3, 4, 6, 8, 16, 32)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -18,28 +19,19 @@ class Metrics:
     def __init__(self, served: Sequence[ServedModel]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Engines(served))
-        of = {"registry": self._registry}
-        self.requests = Counter("parablock_requests", "Requests by how they ended.", ["model", "outcome"], **of)
-        self.tokens = Counter("parablock_tokens", "Tokens of answers.", ["model"], **of)
-        self.prompt_tokens = Counter("parablock_prompt_tokens", "Tokens of prompts.", ["model"], **of)
-        self.forwards = Counter("parablock_forwards", "Decode forwards, added over the answers.", ["model"], **of)
-        self.tokens_per_forward = Histogram(
-            "parablock_tokens_per_forward",
-            "Of every request.",
-            ["model"],
-            buckets=(1, 1.5, 2, 3, 4, 6, 8, 16, 32),
-            **of,
-        )
-        self.first_token = Histogram(
-            "parablock_time_to_first_token_seconds",
-            "From arrival to the first token.",
-            ["model"],
-            buckets=SECONDS,
-            **of,
-        )
-        self.seconds = Histogram(
-            "parablock_request_seconds", "From arrival to the end.", ["model"], buckets=SECONDS, **of
-        )
+        self.requests = self._counter("requests", "Requests by how they ended.", "outcome")
+        self.tokens = self._counter("tokens", "Tokens of answers.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self.forwards = self._counter("forwards", "Decode forwards, added over the answers.")
+        self.tokens_per_forward = self._histogram("tokens_per_forward", "Of every request.", PER_FORWARD)
+        self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
+        self.seconds = self._histogram("request_seconds", "From arrival to the end.", SECONDS)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"parablock_{name}", text, ["model", *labels], registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"parablock_{name}", text, ["model"], buckets=buckets, registry=self._registry)
 
     def ended(self, answers: Answers, outcome: str) -> None:
         """A request that was decoded, at least in part."""
@@ -79,9 +71,7 @@ class _Engines(Collector):
                 gauge.add_metric([served.name], served.engine.stats[key])
             yield gauge
         steps = CounterMetricFamily("parablock_steps", "Forwards of the engine.", labels=["model"])
-        seconds = CounterMetricFamily(
-            "parablock_step_seconds", "Time in them; over steps: step time.", labels=["model"]
-        )
+        seconds = CounterMetricFamily("parablock_step_seconds", "Time in the forwards.", labels=["model"])
         for served in self._served:
             steps.add_metric([served.name], served.engine.steps)
             seconds.add_metric([served.name], served.engine.step_seconds)

@@ -1,8 +1,8 @@
 """What a request may say, and the settings it stands for. Anything else is refused by name."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from parablock.config import DecodeConfig, Mode, Strategy
 
@@ -30,6 +30,19 @@ DECODING = (
 )  # fmt: skip
 
 
+def _whole_characters(text: str) -> str:
+    """JSON can escape half a character, which is no text."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair is no text; send whole characters") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+
+
 class Strict(BaseModel):
     """Unknown fields and wrong types are errors."""
 
@@ -40,14 +53,14 @@ class TextPart(Strict):
     """A piece of a message; only text is understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     """One turn of a chat. The fields of OpenAI's answers that hold nothing here may come back as null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     refusal: None = None
     annotations: None = None
     audio: None = None
@@ -73,7 +86,7 @@ class Body(Strict):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     max_tokens: int | None = Field(None, ge=1, le=LARGEST)
     n: int | None = Field(None, ge=1, le=128)
     temperature: float | None = Field(None, ge=0, le=100)
@@ -157,15 +170,21 @@ class ChatBody(Body):
 class CompletionBody(Body):
     """`POST /v1/completions`: a text, token ids, or a list of either."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
+
+    @model_validator(mode="after")
+    def _some_prompt(self) -> "CompletionBody":
+        if not self.prompts():
+            raise ValueError("prompt is an empty list; pass a text, token ids, or several of either")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return [*self.prompt]
 
     def choices(self) -> int:
         """How many answers are asked for, over all prompts."""

@@ -1,0 +1,71 @@
+"""A real server process for the tests, with the real client."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+QUESTION = "Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?"
+ASK: dict[str, Any] = {"model": "bundled", "messages": [{"role": "user", "content": QUESTION}]}
+
+
+class Served:
+    """A running `parablock serve` and what it has logged."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self._log = log
+        self.url = self._wait_for_url()
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def _wait_for_url(self) -> str:
+        ends_at = time.monotonic() + 60
+        while time.monotonic() < ends_at and self.process.poll() is None:
+            if found := re.search(r"at (http://\S+)/v1", self.text()):
+                return found[1]
+            time.sleep(0.1)
+        raise AssertionError(self.text())
+
+    def text(self) -> str:
+        return self._log.read_text()
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels."""
+        total = 0.0
+        for line in self.http.get("/metrics").text.splitlines():
+            named = re.match(rf"{name}(?:{{(.*)}})? (\S+)$", line)
+            if named and all(f'{k}="{v}"' in named[1] for k, v in labels.items()):
+                total += float(named[2])
+        return total
+
+    def wait_until_idle(self, seconds: float = 5) -> None:
+        ends_at = time.monotonic() + seconds
+        names = ("parablock_running", "parablock_queue", "parablock_kv_pages_used")
+        while any(left := [self.metric(name) for name in names]):
+            assert time.monotonic() < ends_at, left
+            time.sleep(0.02)
+
+
+@contextmanager
+def serve(log: Path, *arguments: str, **environment: str) -> Iterator[Served]:
+    command = [sys.executable, "-m", "parablock", "serve", *arguments, "--port", "0"]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, stderr=stderr, env={**os.environ, **environment})
+    try:
+        yield Served(process, log)
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,248 @@
+"""The HTTP server under bad requests, load, failures and signals: errors in OpenAI's shape, and it goes on."""
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import schemathesis
+from conftest import small_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving import ASK, Served, serve
+
+import parablock as pb
+from parablock.config import ServeConfig
+
+SLOW = ASK | {"max_tokens": 400, "extra_body": {"mode": "autoregressive", "temperature": 90.0}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    options = ("--max-rows", "2", "--max-queue", "0", "--max-body", "20000", "--cors-origin", "http://page.test")
+    with serve(tmp_path_factory.mktemp("log") / "stderr", *options, PARABLOCK_API_KEY="s3cret") as served:
+        served.http.headers["Authorization"] = "Bearer s3cret"
+        served.client = served.client.with_options(api_key="s3cret")
+        yield served
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]
+
+
+def answers(served: Served) -> bool:
+    return bool(served.client.chat.completions.create(**ASK).choices[0].message.content)
+
+
+def test_the_key(server: Served) -> None:
+    for key in ("x", "s3cre", "s3cret2", "S3CRET", "\u00fc"):
+        response = httpx.post(
+            f"{server.url}/v1/chat/completions", json=ASK, headers={"Authorization": f"Bearer {key}".encode()}
+        )
+        assert response.status_code == 401
+        assert error_of(response)["code"] == "invalid_api_key"
+    with pytest.raises(openai.AuthenticationError):
+        server.client.with_options(api_key="wrong").models.list()
+    assert httpx.get(f"{server.url}/metrics").status_code == 401
+    assert httpx.get(f"{server.url}/health/ready").status_code == 200
+    assert answers(server)
+    assert "s3cret" not in server.text()
+
+
+def test_pages_of_a_named_origin_may_ask(server: Served) -> None:
+    asked = {"Origin": "http://page.test", "Access-Control-Request-Method": "POST"}
+    allowed = httpx.options(f"{server.url}/v1/chat/completions", headers=asked)
+    assert allowed.headers["access-control-allow-origin"] == "http://page.test"
+    other = httpx.options(f"{server.url}/v1/chat/completions", headers=asked | {"Origin": "http://evil.test"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_body_that_is_too_large(server: Served) -> None:
+    for content in (b"x" * 30_000, iter([b"x" * 15_000] * 2)):  # with a length, and in chunks
+        response = server.http.post("/v1/chat/completions", content=content)
+        assert response.status_code == 413
+        assert error_of(response)["code"] == "request_too_large"
+    assert answers(server)
+
+
+def test_a_full_queue(server: Served) -> None:
+    streams = [server.client.chat.completions.create(**SLOW, stream=True) for _ in range(2)]
+    with pytest.raises(openai.RateLimitError) as refused:
+        server.client.chat.completions.create(**ASK)
+    assert refused.value.code == "queue_full"
+    assert int(refused.value.response.headers["Retry-After"]) >= 1
+    with pytest.raises(openai.BadRequestError, match="ask for fewer"):
+        server.client.chat.completions.create(**ASK, n=3)
+    for stream in streams:
+        stream.close()
+    server.wait_until_idle()
+    assert answers(server)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ["model", "messages", "prompt", "stream", "stream_options", "stop", "max_tokens", "n", "temperature", "top_p",
+          "seed", "mode", "threshold", "sub_block_size", "strategy", "factor", "tokens_per_step", "top_k",
+          "denoising", "logprobs", "tools", "metadata", "max_completion_tokens"]  # fmt: skip
+
+
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(chat=st.booleans(), fields=st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3))
+def test_bodies_with_wrong_fields(server: Served, chat: bool, fields: dict[str, Any]) -> None:
+    path, base = ("/v1/chat/completions", dict(ASK)) if chat else ("/v1/completions", {"prompt": "2 + 2"})
+    response = server.http.post(path, content=json.dumps({**base, "max_tokens": 2, **fields}))
+    assert response.status_code < 500, response.text
+    if response.status_code >= 400:
+        error_of(response)
+
+
+def test_malformed_bodies(server: Served) -> None:
+    rng = random.Random(0)
+    good = json.dumps(ASK | {"max_tokens": 2}).encode()
+    nasty = [
+        b"", b"null", b"[]", b"1", b'"x"', b"{", b"\xff\xfe", b"[" * 15_000, b'{"a":' * 3_000, b"1" * 15_000, b"NaN",
+        b'{"messages":[{"role":"user","content":"\\ud800"}]}', b'{"\\ud800":1}', b'{"prompt":"\\udfff"}',
+        b'{"prompt":[-1]}', b'{"prompt":[99999999999999]}', b'{"prompt":[640]}', b'{"prompt":[]}', b'{"prompt":[[]]}',
+        b'{"prompt":""}', b'{"prompt":[1,"a"]}', b'{"prompt":[true]}',
+    ]  # fmt: skip
+    strange = [
+        '"seed":1e400', '"temperature":1e-300', '"temperature":1e-45,"top_p":1e-300', '"factor":1e308',
+        '"factor":1e-320,"strategy":"factor"', '"seed":-9223372036854775808,"temperature":1',
+        '"top_k":2147483647,"temperature":1', '"tokens_per_step":2147483647,"strategy":"fixed"', '"stop":"\\u0000"',
+    ]  # fmt: skip
+    nasty += [f'{{"prompt":"x\\u0000\\ufdd0","max_tokens":2,{fields}}}'.encode() for fields in strange]
+    for _ in range(120):
+        body = bytearray(good)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(body))
+            body[at : at + rng.randint(0, 5)] = rng.randbytes(rng.randint(0, 4))
+        nasty.append(bytes(body))
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        for body in nasty:
+            response = server.http.post(path, content=body)
+            assert response.status_code < 500, (body[:200], response.text)
+            if response.status_code >= 400:
+                error_of(response)
+    half = error_of(server.http.post("/v1/chat/completions", content=nasty[11]))
+    assert half["param"] == "messages.0.content"
+    assert "surrogate" in half["message"]
+    assert answers(server)
+    server.wait_until_idle()
+
+
+def test_the_openapi_document(server: Served) -> None:
+    """Requests made from the document itself."""
+    schema = schemathesis.openapi.from_dict(server.http.get("/openapi.json").json())
+    schema.config.update(base_url=server.url)
+
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(max_examples=15, suppress_health_check=list(HealthCheck), deadline=None)
+        @given(case=operation.as_strategy())
+        def ask(case: Any) -> None:
+            response = case.call(headers={"Authorization": "Bearer s3cret"}, timeout=60)
+            assert response.status_code < 500, response.text
+
+        ask()
+    assert answers(server)
+
+
+def test_a_deadline_and_a_port_that_is_taken(tmp_path: Path) -> None:
+    with serve(tmp_path / "stderr", "--deadline", "0.1") as served:
+        with pytest.raises(openai.APIStatusError) as late:
+            served.client.chat.completions.create(**SLOW)
+        assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+        with pytest.raises(openai.APIError, match="deadline"):
+            list(served.client.chat.completions.create(**SLOW, stream=True))
+        served.wait_until_idle()
+        assert served.metric("parablock_requests_total", outcome="error") == 2
+
+        command = [sys.executable, "-m", "parablock", "serve", "--port", served.url.rsplit(":", 1)[1]]
+        taken = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (taken.returncode, len(taken.stderr.splitlines())) == (2, 1)
+        assert "--port" in taken.stderr
+        served.process.send_signal(signal.SIGTERM)  # nothing is running
+        assert served.process.wait(timeout=20) == 0
+
+
+def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
+    with serve(tmp_path / "stderr") as served:
+        stream = served.client.chat.completions.create(**SLOW, stream=True)
+        chunks = [next(stream)]
+        served.process.send_signal(signal.SIGTERM)
+        while served.http.get("/health/ready").status_code == 200:
+            pass
+        with pytest.raises(openai.InternalServerError) as refused:
+            served.client.chat.completions.create(**ASK)
+        assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
+        chunks += stream
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        assert served.process.wait(timeout=20) == 0
+    assert "Traceback" not in served.text()
+
+
+class _Tokens:
+    """As much of a tokenizer as the endpoints use, over the ids of a small random model."""
+
+    chat_template = "x"
+    all_special_tokens: tuple[str, ...] = ()
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % 60 for c in text]}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_step_that_fails(stream: bool) -> None:
+    from parablock.server.app import create_app
+    from parablock.server.served import ServedModel
+
+    served = ServedModel("small", small_model(), _Tokens(), pb.EngineConfig(max_rows=2))
+    app = create_app([served], ServeConfig(max_rows=2))
+    body = {"prompt": "hello", "max_tokens": 8, "stream": stream}
+    run = served.engine.runner.run
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/completions", json=body)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    try:
+        served.engine.runner.run = fail  # type: ignore[method-assign]
+        failed = asyncio.run(ask())
+        served.engine.runner.run = run  # type: ignore[method-assign]
+        if stream:
+            [event, done] = [line[6:] for line in failed.text.splitlines() if line]
+            assert (json.loads(event)["error"]["code"], done) == ("decoding_failed", "[DONE]")
+        else:
+            assert failed.status_code == 500
+            assert error_of(failed)["code"] == "decoding_failed"
+        good = asyncio.run(ask())
+        assert good.status_code == 200
+        assert served.open == 0
+        assert served.engine.stats["running"] == 0
+    finally:
+        served.engine.close()
+    assert asyncio.run(ask()).status_code == 503
