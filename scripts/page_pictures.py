@@ -107,7 +107,7 @@ def main() -> None:
             ask(page)
             scrub(page, 3)
             shoot(page, "page-phone")
-            page = opened(browser, url, {"width": 1200, "height": 1010}, "light")
+            page = opened(browser, url, {"width": 1200, "height": 1050}, "light")
             ask(page, "#race")  # the first race warms the other engine up
             page.click("#clear")
             page.wait_for_selector(".pb-empty:visible")

@@ -95,7 +95,7 @@ function drawLane(lane) {
   const over = data.done && count === data.events.length;
   const known = cells.filter((cell) => !cell.masked).length;
   nodes.forward.textContent = event ? `forward ${event.f}` + (over ? "" : ` · ${known} tokens`) : "waiting";
-  nodes.root.dataset.state = data.error ? "failed" : over ? "done" : "running";
+  nodes.root.dataset.state = data.error ? "failed" : over ? "done" : isOver() ? "stopped" : "running";
   nodes.error.textContent = data.error ?? "";
   nodes.error.hidden = !data.error;
   const figures = over ? data.figures ?? {} : event ? figuresSoFar(event, known) : {};
@@ -134,7 +134,7 @@ function draw() {
 function drawVerdict(node) {
   const { fast, slow, seconds: spent } = value.verdict;
   const times = `${value.verdict.times.toFixed(1)}×`;
-  node.replaceChildren(make("strong", "", times), make("span", "", `${fast} was ${times} as fast as ${slow}`));
+  node.replaceChildren(make("strong", "", times), make("span", "", `${fast} was ${times} as fast as ${slow.toLowerCase()} decoding`));
   const bars = node.appendChild(make("div", "pb-bars"));
   lanes.forEach(({ data }, i) => {
     const row = bars.appendChild(make("div", "pb-bar"));
