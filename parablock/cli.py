@@ -100,6 +100,30 @@ def chat(
     converse(loaded, tokenizer, config, Console(highlight=False), history=keep)
 
 
+@app.command("app")
+def web_app(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint: directory, hub id. Default: 'bundled', or the server's first.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Where the page listens.")] = 10086,
+    host: Annotated[str, typer.Option(help="The address; 0.0.0.0 shows the page to your network.")] = "127.0.0.1",
+    url: Annotated[
+        str | None, typer.Option(help="A running parablock server (its key in PARABLOCK_API_KEY). Default: its own.")
+    ] = None,
+    ar: Annotated[
+        str | None, typer.Option(help="The model for AR in a race. Default: the same; for 'bundled' the AR model.")
+    ] = None,
+) -> None:
+    """A web page: watch answers being denoised, replay them, race AR against block diffusion."""
+    from parablock.config import require_library
+
+    for library in ("gradio", "uvicorn", "httpx"):
+        require_library(library, "app")
+    from parablock.app.launch import run_app
+
+    run_app(model, ar, url, host, port)
+
+
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Which test problems: every seed gives a fresh set.")] = 1,

@@ -1,0 +1,266 @@
+"""The web page in a real Chromium, over a real `parablock app` with a server of its own."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pytest
+import torch
+
+import parablock as pb
+from parablock.app.client import Client
+from parablock.data.chat import encode_prompt
+
+pytest.importorskip("gradio", reason="the page needs gradio: pip install 'parablock[app]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install playwright")
+expect = sync_api.expect
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: apt-get install chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+QUESTION = "Nola had 80 lemons but lost 38 of them. On Friday 29 lemons break. How many lemons are there in the end?"
+PHONE = {"width": 390, "height": 844}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(*args: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "parablock", *map(str, args)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {})
+    )
+
+
+def _await_line(process: subprocess.Popen[str], pattern: str) -> str:
+    assert process.stdout is not None
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if found := re.search(pattern, line):
+            return found[0]
+    raise AssertionError("".join(told))
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    process = _start("app", "--port", _free_port())
+    try:
+        yield _await_line(process, r"http://[\d.]+:\d+")
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str) -> Iterator[Any]:
+    contexts = []
+
+    def opened(url: str = address, **options: Any) -> Any:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.asked_for = []
+        page.errors = []
+        page.on("request", lambda request: page.asked_for.append(request.url))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.goto(url)
+        page.wait_for_selector(".pb-stage")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def _ask(page: Any, question: str, button: str = "#ask") -> None:
+    page.fill("#question textarea", question)
+    page.click(button)
+
+
+def _shown(page: Any, lane: int = 0) -> str:
+    """The text of an answer, without the signs that stand for line breaks."""
+    text: str = page.locator(".pb-text").nth(lane).evaluate("node => node.textContent")
+    return text.replace("↵", "")
+
+
+def _masks(page: Any) -> int:
+    return int(page.locator(".pb-text .pb-mask").count())
+
+
+@in_browser
+def test_a_question_is_watched_and_played_again(open_page: Any, address: str) -> None:
+    page = open_page()
+    page.evaluate(
+        """() => {  // what a visitor sees, noted after every change
+            window.seen = [];
+            const note = () => {
+                const text = document.querySelector('.pb-text');
+                if (text) window.seen.push([text.querySelectorAll('.pb-mask').length, text.textContent.length]);
+            };
+            new MutationObserver(note).observe(document.querySelector('#stage'), {childList: true, subtree: true});
+        }"""
+    )
+    _ask(page, QUESTION)
+    page.wait_for_selector('.pb-lane[data-state="done"]')
+    model, tokenizer = pb.load("bundled")
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": QUESTION}])
+    answer = tokenizer.decode(pb.generate(model, prompt).tokens[0], skip_special_tokens=True)
+    assert _shown(page) == answer
+    assert _masks(page) == 0
+    seen = page.evaluate("window.seen")
+    assert any(masks > 0 for masks, _ in seen)
+    assert any(masks > 0 and 0 < known < len(answer) for masks, known in seen)
+    assert int(page.inner_text(".pb-count")) > 1
+    assert float(page.inner_text(".pb-width")) > 1
+    assert page.inner_text(".pb-first").endswith("s")
+    assert int(page.inner_text(".pb-speed dd, dd.pb-speed").replace(",", "")) > 0
+
+    page.click('[data-do="first"]')
+    at_first, masks = _shown(page), _masks(page)
+    assert at_first != answer
+    assert masks > 0
+    page.click('[data-do="forth"]')
+    assert _masks(page) < masks or len(_shown(page)) > len(at_first)
+    page.click('[data-do="back"]')
+    assert _shown(page) == at_first
+    last = page.locator(".pb-scrub").get_attribute("max")
+    page.locator(".pb-scrub").fill(str(last))
+    assert _shown(page) == answer
+    page.select_option(".pb-pace", "100")
+    page.click('[data-do="play"]')
+    page.wait_for_function("document.querySelector('.pb-text .pb-mask')")
+    page.select_option(".pb-pace", "1")
+    expect(page.locator(".pb-text")).to_contain_text("####")
+
+    token = page.locator(".pb-token").first
+    by_confidence = token.evaluate("node => node.style.getPropertyValue('--h')")
+    page.click('[data-colour="order"]')
+    assert token.evaluate("node => node.style.getPropertyValue('--h')") != by_confidence
+    hosts = {urlparse(url).hostname for url in page.asked_for if not url.startswith(("data:", "blob:"))}
+    assert hosts == {urlparse(address).hostname}
+    assert page.errors == []
+
+
+@in_browser
+def test_a_race_shows_both_answers_on_a_phone_too(open_page: Any) -> None:
+    page = open_page(viewport=PHONE, color_scheme="dark")
+    _ask(page, QUESTION, "#race")
+    page.wait_for_selector(".pb-lane")
+    page.select_option(".pb-pace", "1")
+    page.wait_for_selector(".pb-verdict:not([hidden])")
+    assert "as fast as" in page.inner_text(".pb-verdict")
+    assert "####" in _shown(page, 0)
+    assert "####" in _shown(page, 1)
+    forwards = [int(text) for text in page.locator(".pb-count").all_inner_texts()]
+    assert forwards[0] < forwards[1]
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert page.evaluate("document.body.classList.contains('dark')")
+
+
+@in_browser
+def test_messages_settings_and_history(open_page: Any) -> None:
+    page = open_page()
+    page.click("#ask")
+    expect(page.locator(".pb-stage > .pb-alert")).to_contain_text("no question yet")
+    _ask(page, "word " * 2000)
+    expect(page.locator(".pb-lane .pb-alert")).to_contain_text(re.compile("context|tokens|longer"))
+    page.get_by_role("radio", name="fixed").check()
+    page.get_by_label("number input for Tokens per step").fill("1")
+    page.get_by_label("number input for Tokens per step").blur()
+    _ask(page, QUESTION)
+    page.select_option(".pb-pace", "1")
+    page.wait_for_selector('.pb-lane[data-state="done"]')
+    assert float(page.inner_text(".pb-width")) < 1.5  # one token per step, besides the first of a block
+    page.locator("#history input").check()
+    _ask(page, QUESTION)
+    expect(page.locator(".pb-turns .pb-answer")).to_contain_text("####")
+    page.click("#clear")
+    expect(page.locator(".pb-empty")).to_be_visible()
+
+
+def _endless_model(folder: Path) -> Path:
+    """The bundled model with random weights: never sure, so one token per forward, and without an end."""
+    model, tokenizer = pb.load("bundled")
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    pb.save(model, tokenizer, folder)
+    return folder
+
+
+@in_browser
+def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, tmp_path: Path) -> None:
+    key = {"PARABLOCK_API_KEY": "secret"}
+    server = _start("serve", _endless_model(tmp_path / "model"), "--port", _free_port(), env=key)
+    try:
+        url = _await_line(server, r"http://[\d.]+:\d+")
+        with pytest.raises(ValueError, match="PARABLOCK_API_KEY"):
+            Client(url, "wrong").models()
+        app = _start("app", "--url", url, "--port", _free_port(), env=key)
+        try:
+            address = _await_line(app, r"http://[\d.]+:\d+")
+            page = open_page(address)
+            _ask(page, QUESTION)
+            expect(page.locator(".pb-forward")).to_contain_text("forward")
+            page.click("#stop")
+            expect(page.locator(".pb-stage > .pb-alert")).to_contain_text("Stopped")
+            expect(page.locator("#ask")).to_be_enabled()
+            assert page.locator(".pb-lane").get_attribute("data-state") == "stopped"
+            assert "cancelled" in _await_line(server, r'"outcome": "\w+"')
+            _ask(page, QUESTION, "#race")
+            page.wait_for_selector(".pb-token")
+            page.close()
+            assert [_await_line(server, r'"outcome": "\w+"') for _ in range(2)] == ['"outcome": "cancelled"'] * 2
+            page = open_page(address)
+            server.kill()
+            server.wait(10)
+            _ask(page, QUESTION)
+            expect(page.locator(".pb-lane .pb-alert")).to_contain_text("is gone")
+        finally:
+            app.terminate()
+            app.wait(20)
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+def test_wrong_options_are_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        cases = [
+            (["--port", "0"], "port=0"),
+            (["--port", str(taken.getsockname()[1])], "choose another with --port"),
+            (["--url", "http://127.0.0.1:9", "--port", str(_free_port())], "parablock serve"),
+            (["--url", "nonsense", "--port", str(_free_port())], "url='nonsense'"),
+            (["no/such/model", "--port", str(_free_port())], "no/such/model"),
+        ]
+        started = [_start("app", *args) for args, _ in cases]
+        told = [process.communicate(timeout=60)[0] for process in started]
+    for (_, says), process, output in zip(cases, started, told, strict=True):
+        assert process.returncode == 2
+        assert len(output.splitlines()) == 1, output
+        assert says in output
+
+
+def test_the_page_has_its_files() -> None:
+    static = Path(pb.__file__).parent / "app" / "static"
+    assert {path.name for path in static.iterdir()} == {"stage.html", "stage.css", "stage.js"}
+    assert not re.search(r"https?://|@import|url\(", "".join(path.read_text() for path in static.iterdir()))
