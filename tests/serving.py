@@ -27,7 +27,7 @@ class Served:
         self.process = process
         self._log = log
         self.url = self._wait_for_url()
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, headers={"Content-Type": "application/json"})
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def _wait_for_url(self) -> str:

@@ -248,7 +248,8 @@ def test_a_client_that_reads_slowly_holds_up_nobody(server: Served) -> None:
     with socket.create_connection((host, int(port))) as connection:
         body = json.dumps(slow).encode()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         for _ in range(5):
             assert server.client.chat.completions.create(**ASK).choices[0].finish_reason == "stop"

@@ -14,7 +14,6 @@ import httpx
 import openai
 import pytest
 import schemathesis
-from conftest import small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import ASK, LONG, Served, serve
@@ -137,6 +136,8 @@ def test_malformed_bodies(server: Served) -> None:
             assert response.status_code < 500, (body[:200], response.text)
             if response.status_code >= 400:
                 error_of(response)
+    form = server.http.post("/v1/completions", content=b'{"prompt":"x"}', headers={"Content-Type": "text/plain"})
+    assert "Content-Type: application/json" in error_of(form)["message"]
     half = error_of(server.http.post("/v1/chat/completions", content=nasty[11]))
     assert half["param"] == "messages.0.content"
     assert "surrogate" in half["message"]
@@ -196,26 +197,12 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
     assert "Traceback" not in served.text()
 
 
-class _Tokens:
-    """As much of a tokenizer as the endpoints use, over the ids of a small random model."""
-
-    chat_template = "x"
-    all_special_tokens: tuple[str, ...] = ()
-    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) % 60 for c in text]}
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return "".join(chr(97 + i % 26) for i in ids)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_step_that_fails(stream: bool) -> None:
     from parablock.server.app import create_app
     from parablock.server.served import ServedModel
 
-    served = ServedModel("small", small_model(), _Tokens(), pb.EngineConfig(max_rows=2))
+    served = ServedModel("bundled", *pb.load("bundled"), pb.EngineConfig(max_rows=2))
     app = create_app([served], ServeConfig(max_rows=2))
     body = {"prompt": "hello", "max_tokens": 8, "stream": stream}
     run = served.engine.runner.run

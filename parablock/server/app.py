@@ -72,7 +72,6 @@ def create_app(served: Sequence[ServedModel], config: ServeConfig, key: str | No
         version=__version__,
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
-        strict_content_type=False,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.server = state = State(served, config)

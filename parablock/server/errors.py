@@ -84,6 +84,9 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"{param} is not supported; leave it out", param, "unsupported_parameter")
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON", None, "invalid_json")
+    if param is None and first["type"] == "model_attributes_type":  # also what a page's form would send
+        message = "the body is no JSON object; send one with the header Content-Type: application/json"
+        return ApiError(400, message, None, "invalid_json")
     message = first["msg"].removeprefix("Value error, ")
     if param is None and first["type"] == "value_error":  # our own words, which begin with the field
         return ApiError(400, message, re.split(r"\W", message, maxsplit=1)[0], "invalid_value")
