@@ -1,16 +1,16 @@
-# docker build -t parablock .                                                         CPU
-# docker build -t parablock:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .   CUDA: torch brings its libraries
+# docker build -t parablock .                              the torch of PyPI, which brings its CUDA libraries
+# docker build -t parablock --build-arg TORCH_INDEX=URL .    another build of torch: PyTorch's index for your platform
 ARG BASE=python:3.12-slim
 # hadolint ignore=DL3006
 FROM ${BASE}
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 
 ENV OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 HF_HOME=/home/parablock/.cache/huggingface
 WORKDIR /opt/parablock
 
 # torch first: it changes least
 COPY constraints.txt ./
-RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" torch==2.13.0
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch==2.13.0
 
 COPY pyproject.toml README.md LICENSE ./
 COPY parablock ./parablock
