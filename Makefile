@@ -49,7 +49,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[train,plot,dev]'
+	$(PIP) --editable '.[train,plot,serve,dev]'
 	touch $@ $(VENV)/.demo
 
 clean:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 Model = Any  # a decoder-only language model of transformers; what its config holds depends on the architecture
+LEAST = 1e-6  # what is smaller vanishes when probabilities are computed in float32
 Mode = Literal["diffusion", "autoregressive"]
 Strategy = Literal["threshold", "factor", "fixed"]
 FirstTokenContext = Literal["noisy", "clean"]
@@ -175,8 +176,10 @@ class DecodeConfig:
             _require(value is None or value >= 1, name, value, "use at least 1")
         _require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")
         _require(self.factor > 0.0, "factor", self.factor, "use a positive value")
-        _require(self.temperature >= 0.0, "temperature", self.temperature, "use 0 (greedy) or more")
-        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "use a value in (0, 1]")
+        sampled = LEAST <= self.temperature <= 1 / LEAST
+        remedy = f"use 0 (greedy) or a value in [{LEAST:g}, {1 / LEAST:g}]"
+        _require(self.temperature == 0.0 or sampled, "temperature", self.temperature, remedy)
+        _require(LEAST <= self.top_p <= 1.0, "top_p", self.top_p, f"use a value in [{LEAST:g}, 1]")
         if self.block_size is not None:
             _require(self.block_size >= 1, "block_size", self.block_size, "use at least 1")
             self.check_sub_block(self.block_size)

@@ -16,6 +16,8 @@ import openai
 
 QUESTION = "Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?"
 ASK: dict[str, Any] = {"model": "bundled", "messages": [{"role": "user", "content": QUESTION}]}
+# 400 tokens, one per forward: nothing else ends it
+LONG = ASK | {"max_tokens": 400, "seed": 2, "temperature": 90.0, "extra_body": {"mode": "autoregressive"}}
 
 
 class Served:
@@ -25,7 +27,7 @@ class Served:
         self.process = process
         self._log = log
         self.url = self._wait_for_url()
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, headers={"Content-Type": "application/json"})
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def _wait_for_url(self) -> str:

@@ -274,7 +274,10 @@ BAD_CONFIGS = [
     ({"sub_block_size": 5, "block_size": 32}, "sub_block_size=5"),
     ({"temperature": -1.0}, "temperature=-1.0"),
     ({"temperature": float("nan")}, "temperature=nan"),
+    ({"temperature": 1e-40}, "temperature=1e-40"),
+    ({"temperature": float("inf")}, "temperature=inf"),
     ({"top_p": 0.0}, "top_p=0.0"),
+    ({"top_p": 1e-300}, "top_p=1e-300"),
     ({"factor": 0.0}, "factor=0.0"),
     ({"tokens_per_step": 0}, "tokens_per_step=0"),
 ]

@@ -3,16 +3,20 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from serving import ASK, QUESTION, Served, serve
+from serving import ASK, LONG, QUESTION, Served, serve
 
 import parablock as pb
+from parablock.config import ServeConfig
 from parablock.data.chat import encode_prompt, encode_text
 
 
@@ -81,6 +85,7 @@ def test_settings_reach_the_decoder(server: Served, bundled: tuple[Any, Any]) ->
         assert other.choices[0].message.content == answers(bundled, pb.DecodeConfig(**strategy))[0]
 
 
+@pytest.mark.filterwarnings("ignore::parablock.checkpoints.load.NotAdaptedWarning")
 def test_models(server: Served) -> None:
     assert [model.id for model in server.client.models.list()] == ["bundled", "bundled-ar"]
     model, tokenizer = pb.load("bundled-ar")
@@ -212,15 +217,13 @@ def test_special_tokens_in_messages_are_text(server: Served, bundled: tuple[Any,
 
 
 def test_a_client_that_leaves_frees_its_row(server: Served) -> None:
-    slow = ASK | {"max_tokens": 400, "extra_body": {"mode": "autoregressive", "temperature": 5.0}}
-
     async def leave() -> None:
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        streams = [await client.chat.completions.create(**slow, stream=True) for _ in range(4)]
+        streams = [await client.chat.completions.create(**LONG, stream=True) for _ in range(4)]
         await anext(aiter(streams[0]))
         for stream in streams:
             await stream.close()
-        whole = [asyncio.create_task(client.chat.completions.create(**slow)) for _ in range(4)]
+        whole = [asyncio.create_task(client.chat.completions.create(**LONG)) for _ in range(4)]
         await asyncio.sleep(0.2)
         for task in whole:
             task.cancel()
@@ -241,10 +244,12 @@ def test_many_ask_at_once(server: Served, bundled: tuple[Any, Any]) -> None:
 
 def test_a_client_that_reads_slowly_holds_up_nobody(server: Served) -> None:
     slow = ASK | {"max_tokens": 400, "mode": "autoregressive", "temperature": 90.0, "stream": True, "denoising": True}
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
         body = json.dumps(slow).encode()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         for _ in range(5):
             assert server.client.chat.completions.create(**ASK).choices[0].finish_reason == "stop"
@@ -263,6 +268,23 @@ def test_health_metrics_and_logs(server: Served, bundled: tuple[Any, Any]) -> No
     assert line["tokens"] > 0
     assert {"id", "ms", "model", "path"} <= set(line)
     assert not any(secret in server.text() for secret in (QUESTION, answers(bundled)[0], json.dumps(QUESTION)))
+
+
+def test_the_example_runs(server: Served, bundled: tuple[Any, Any]) -> None:
+    script = Path(__file__).parent.parent / "examples" / "serving.py"
+    out = subprocess.run([sys.executable, script, f"{server.url}/v1"], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert "tokens per forward" in out.stdout
+    assert "1 distinct answer of 16" in out.stdout
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"port": 70000}, "port=70000"), ({"max_rows": 0}, "max_rows=0"), ({"max_queue": -1}, "max_queue=-1"),
+    ({"deadline": 0.0}, "deadline=0.0"), ({"max_body": 0}, "max_body=0"), ({"drain": -1.0}, "drain=-1.0"),
+])  # fmt: skip
+def test_wrong_settings_of_a_server_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServeConfig(**values)
 
 
 def test_unknown_paths_and_methods_have_openais_shape(server: Served) -> None:

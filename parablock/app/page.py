@@ -119,6 +119,8 @@ async def answer(
     yield view(site, session, question, lanes, "running")
     async for _ in run(site.client, lanes, lambda: session.stop):
         yield view(site, session, question, lanes, "running")
+    if earlier and any(lane.error for lane in lanes):
+        lanes[0].error = f"{lanes[0].error or ''} Earlier turns went along; 'New chat' forgets them.".strip()
     state = "stopped" if session.stop else "failed" if any(lane.error for lane in lanes) else "done"
     yield view(site, session, question, lanes, state, "Stopped." if session.stop else "")
     if lanes[0].text:

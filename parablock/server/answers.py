@@ -64,7 +64,6 @@ class Answers:
         self.started = time.perf_counter()
         self.seconds: float | None = None
         self.choices: list[Choice] = []
-        self._ends_at = self.started + deadline
         self._deadline = deadline
         self._changed = asyncio.Event()
         loop, changed = asyncio.get_running_loop(), self._changed
@@ -98,7 +97,7 @@ class Answers:
             if all(choice.finish_reason is not None for choice in self.choices):
                 break
             try:
-                async with asyncio.timeout(max(0.0, self._ends_at - time.perf_counter())):
+                async with asyncio.timeout(self.seconds_left):
                     await self._changed.wait()
             except TimeoutError:
                 text = f"the request took longer than the server's deadline of {self._deadline:g} seconds"
@@ -133,6 +132,11 @@ class Answers:
             self.served.open -= len(self.choices)
             for choice in self.choices:
                 choice.handle.cancel()
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return max(0.0, self.started + self._deadline - time.perf_counter())
 
     @property
     def tokens(self) -> int:

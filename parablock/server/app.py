@@ -19,6 +19,7 @@ from parablock.server.bodies import Writer
 from parablock.server.delivery import Delivery
 from parablock.server.errors import (
     ApiError,
+    ErrorBody,
     from_value_error,
     on_api_error,
     on_http_error,
@@ -66,12 +67,18 @@ class State:
 
 def create_app(served: Sequence[ServedModel], config: ServeConfig, key: str | None = None) -> FastAPI:
     """The application over running engines; `key`: what clients must send as a bearer token."""
-    app = FastAPI(title="parablock", version=__version__, docs_url=None, redoc_url=None, strict_content_type=False)
+    app = FastAPI(
+        title="parablock",
+        version=__version__,
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
     app.state.server = state = State(served, config)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_middleware(Guard, key=key, max_body=config.max_body)
+    app.add_middleware(Guard, key=key, max_body=config.max_body, responded=state.metrics.responded)
     if config.cors_origin:
         origins = list(config.cors_origin)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -86,7 +93,11 @@ def _add_answers(app: FastAPI, state: State) -> None:
         served = state.pick(body.model)
         state.admit(served, body.choices())
         messages = [message.plain() for message in body.messages]
-        prompt = await _encode(encode_prompt, served.tokenizer, messages, sum(len(m["content"]) for m in messages))
+        length = sum(len(message["content"]) for message in messages)
+        try:
+            prompt = await _encode(encode_prompt, served.tokenizer, messages, length)
+        except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
+            raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
         return _answer(state, served, body, request, [prompt], chat=True)
 
     @app.post("/v1/completions")
@@ -102,12 +113,7 @@ def _add_answers(app: FastAPI, state: State) -> None:
 
 async def _encode(encode: Callable[[Any, Any], list[int]], tokenizer: Any, content: Any, length: int) -> list[int]:
     """Token ids; a long text is tokenized beside the event loop."""
-    try:
-        if length < LONG:
-            return encode(tokenizer, content)
-        return await asyncio.to_thread(encode, tokenizer, content)
-    except (ValueError, TemplateError) as error:  # a template may refuse roles that do not alternate, say
-        raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
+    return encode(tokenizer, content) if length < LONG else await asyncio.to_thread(encode, tokenizer, content)
 
 
 def _add_views(app: FastAPI, state: State) -> None:
@@ -120,8 +126,10 @@ def _add_views(app: FastAPI, state: State) -> None:
         return state.pick(name).card()
 
     @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        return {"status": "live"}
+    async def live() -> Response:
+        if not state.draining and any(served.engine.closed for served in state.served.values()):
+            return JSONResponse({"status": "an engine has stopped"}, 503)
+        return JSONResponse({"status": "live"})
 
     @app.get("/health/ready")
     @app.get("/health")

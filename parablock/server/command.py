@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -48,6 +48,14 @@ class _Server(uvicorn.Server):
             for served in self._state.served.values():
                 await asyncio.to_thread(served.engine.close)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        assert sockets is not None
+        port, names = sockets[0].getsockname()[1], ", ".join(self._state.served)
+        with contextlib.suppress(OSError):  # nowhere to say it
+            os.write(2, f"parablock serves {names} at http://{self._state.config.host}:{port}/v1\n".encode())
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._state.draining:
             self.should_exit = True
@@ -67,8 +75,6 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None) -> No
         options = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off", server_header=False
         )
-        port = listener.getsockname()[1]
-        print(f"parablock serves {', '.join(names)} at http://{config.host}:{port}/v1", file=sys.stderr, flush=True)
         try:
             _Server(options, app.state.server).run(sockets=[listener])
         finally:

@@ -10,6 +10,8 @@ from starlette.types import Receive, Scope, Send
 from parablock.server.bodies import Writer
 from parablock.server.errors import ApiError
 
+READ_SECONDS = 30.0  # that a client has to read what is left of a stream when its deadline is over
+
 
 class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
@@ -30,13 +32,15 @@ class Delivery(Response):
         response: Response | None = None
         try:
             if self._stream:
-                outcome = await _unless_gone(self._send_events(send), receive)
+                # a client that does not read must not hold its place for ever
+                async with asyncio.timeout(self._writer.answers.seconds_left + READ_SECONDS):
+                    outcome = await _unless_gone(self._send_events(send), receive)
             else:
                 response = JSONResponse(await _unless_gone(self._writer.whole(), receive))
                 outcome = "finished"
         except ApiError as error:
             outcome, response = "error", error.response()
-        except ClientGoneError:
+        except (ClientGoneError, TimeoutError):
             return
         finally:
             self._ended(outcome)

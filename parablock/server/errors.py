@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 TYPES = {
@@ -19,6 +20,21 @@ TYPES = {
     504: "timeout_error",
 }
 HTTP_NAMES = {"max_new_tokens": "max_tokens"}  # what a setting is called over HTTP
+
+
+class ErrorDetails(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error as the client reads it."""
+
+    error: ErrorDetails
 
 
 class ApiError(Exception):
@@ -68,6 +84,9 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"{param} is not supported; leave it out", param, "unsupported_parameter")
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON", None, "invalid_json")
+    if param is None and first["type"] == "model_attributes_type":  # also what a page's form would send
+        message = "the body is no JSON object; send one with the header Content-Type: application/json"
+        return ApiError(400, message, None, "invalid_json")
     message = first["msg"].removeprefix("Value error, ")
     if param is None and first["type"] == "value_error":  # our own words, which begin with the field
         return ApiError(400, message, re.split(r"\W", message, maxsplit=1)[0], "invalid_value")

@@ -1,12 +1,14 @@
 """What every request passes before it is understood: the key, the body's size, and one line in the log afterwards."""
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
+import os
 import secrets
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,8 +26,9 @@ class Guard:
     `scope["state"]["log"]` is the request's line: handlers add to it what they know (never prompts or answers).
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, max_body: int) -> None:
+    def __init__(self, app: ASGIApp, key: str | None, max_body: int, responded: Callable[[int], None]) -> None:
         self._app = app
+        self._responded = responded  # told every status
         self._key = None if key is None else key.encode()
         self._max_body = max_body
 
@@ -58,6 +61,7 @@ class Guard:
             await ApiError(500, "the server failed; try again", code="internal_error").response()(scope, receive, told)
         finally:
             line["ms"] = round(1000 * (time.perf_counter() - started), 1)
+            self._responded(line.get("status", 0))
             write_line(line)
 
     def _check_key(self, scope: Scope) -> None:
@@ -103,7 +107,5 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 def write_line(line: dict[str, Any]) -> None:
     """One JSON line on stderr; a log that cannot be written stops no answer."""
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    try:
-        print(json.dumps({"time": when, **line}), file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        return
+    with contextlib.suppress(OSError):
+        os.write(2, (json.dumps({"time": when, **line}) + "\n").encode())

@@ -19,6 +19,9 @@ class Metrics:
     def __init__(self, served: Sequence[ServedModel]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Engines(served))
+        self._responses = Counter(
+            "parablock_http_responses", "Responses by status.", ["status"], registry=self._registry
+        )
         self.requests = self._counter("requests", "Requests by how they ended.", "outcome")
         self.tokens = self._counter("tokens", "Tokens of answers.")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
@@ -32,6 +35,10 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"parablock_{name}", text, ["model"], buckets=buckets, registry=self._registry)
+
+    def responded(self, status: int) -> None:
+        """An HTTP response, of whatever endpoint; 0: the client left before it."""
+        self._responses.labels(str(status)).inc()
 
     def ended(self, answers: Answers, outcome: str) -> None:
         """A request that was decoded, at least in part."""

@@ -89,7 +89,7 @@ class Body(Strict):
     stop: Text | list[Text] | None = None
     max_tokens: int | None = Field(None, ge=1, le=LARGEST)
     n: int | None = Field(None, ge=1, le=128)
-    temperature: float | None = Field(None, ge=0, le=100)
+    temperature: float | None = Field(None, ge=0, le=100, description="0, the default, is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     user: str | None = None

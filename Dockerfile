@@ -1,0 +1,27 @@
+# docker build -t parablock .                                                         CPU
+# docker build -t parablock:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .   CUDA: torch brings its libraries
+ARG BASE=python:3.12-slim
+# hadolint ignore=DL3006
+FROM ${BASE}
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+ENV OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 HF_HOME=/home/parablock/.cache/huggingface
+WORKDIR /opt/parablock
+
+# torch first: it changes least
+COPY constraints.txt ./
+RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" torch==2.13.0
+
+COPY pyproject.toml README.md LICENSE ./
+COPY parablock ./parablock
+RUN pip install --no-cache-dir --constraint constraints.txt '.[serve]' \
+    && useradd --create-home --uid 10001 parablock \
+    && install -d -o parablock -g parablock "${HF_HOME}"
+
+USER parablock
+WORKDIR /home/parablock
+EXPOSE 8000
+HEALTHCHECK --interval=15s --timeout=3s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/ready', timeout=2)"]
+ENTRYPOINT ["parablock", "serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["bundled"]
