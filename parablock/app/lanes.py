@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from parablock.app.client import Client, ServerError
 
 PAUSE = 0.06  # seconds between two views of a running answer, so that showing it takes little from decoding it
+OVERLAP = 20  # views that carry an event, in case the browser skips some of them
 
 
 class Lane:
@@ -22,26 +24,35 @@ class Lane:
         self.error: str | None = None
         self.done = False
         self._events: list[dict[str, Any]] = []
+        self._shown: dict[int, list[Any]] = {}  # position -> what stands there
+        self._counts = deque([0], maxlen=OVERLAP)  # events there were at the last views
 
     def take(self, chunk: dict[str, Any], seconds: float) -> None:
         """A chunk of the stream, `seconds` after the question."""
         step = chunk.get("denoising")
         if step is not None:
-            tokens = [[t["text"], t["masked"], t["revealed"], t["confidence"]] for t in step["tokens"]]
-            self._events.append({"t": round(seconds, 5), "f": step["forward"], "s": step["start"], "tokens": tokens})
+            tokens = []
+            for at, token in enumerate(step["tokens"], step["start"]):
+                new = [token["text"], token["masked"], token["confidence"]]
+                if at not in self._shown or token["revealed"] or self._shown[at][:2] != new[:2]:
+                    self._shown[at] = new
+                    tokens.append([at, *new])
+            self._events.append({"t": round(seconds, 5), "f": step["forward"], "tokens": tokens})
         for choice in chunk["choices"]:
             self.text += choice["delta"].get("content") or ""
         self.figures = chunk.get("parablock") or self.figures
         if chunk.get("usage"):
             self.tokens = chunk["usage"]["completion_tokens"]
 
-    def view(self) -> dict[str, Any]:
-        """What the stage shows; it stays as it is when more comes."""
+    def view(self, *, whole: bool) -> dict[str, Any]:
+        """What the stage shows. While an answer grows, only its latest events, the first of them number `since`."""
+        since = 0 if whole else self._counts[0]
+        self._counts.append(len(self._events))
         return {
             "title": self.title,
             "serial": self.body.get("mode") == "autoregressive",
-            "events": list(self._events),
-            "text": self.text,
+            "since": since,
+            "events": self._events[since:],
             "tokens": self.tokens,
             "figures": self.figures,
             "error": self.error,

@@ -1,5 +1,6 @@
 """The web page: chat, live denoising with replay, and AR racing block diffusion."""
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,9 +82,14 @@ def view(
         "state": state,
         "message": message,
         "pace": site.slower,
-        "lanes": [lane.view() for lane in lanes],
+        "lanes": [lane.view(whole=state != "running") for lane in lanes],
         "verdict": verdict(lanes) if state == "done" else None,
     }
+
+
+def written(view: dict[str, Any]) -> str:
+    """A view as text, which gradio sends as it is; of objects it would work out the differences, slowly."""
+    return json.dumps(view).replace("<", "\\u003c")
 
 
 async def answer(
@@ -113,6 +119,8 @@ async def answer(
     yield view(site, session, question, lanes, "running")
     async for _ in run(site.client, lanes, lambda: session.stop):
         yield view(site, session, question, lanes, "running")
+    if earlier and any(lane.error for lane in lanes):
+        lanes[0].error = f"{lanes[0].error or ''} Earlier turns went along; 'New chat' forgets them.".strip()
     state = "stopped" if session.stop else "failed" if any(lane.error for lane in lanes) else "done"
     yield view(site, session, question, lanes, state, "Stopped." if session.stop else "")
     if lanes[0].text:
@@ -155,10 +163,10 @@ def build(site: Site) -> gr.Blocks:
             free = (gr.Button(interactive=True), gr.Button(interactive=True), gr.Button(interactive=False))
             first, shown = True, None
             async for shown in answer(site, session, text, Settings(*values), race=race):
-                yield shown, *(busy if first else [gr.skip()] * 4)
+                yield written(shown), *(busy if first else [gr.skip()] * 4)
                 first = False
             assert shown is not None
-            yield shown, (text if shown["state"] == "failed" else ""), *free
+            yield written(shown), (text if shown["state"] == "failed" else ""), *free
 
         async def asked(session: Session, text: str, *values: Any) -> AsyncIterator[Any]:
             async for update in answering(session, text, values, race=False):
@@ -171,11 +179,11 @@ def build(site: Site) -> gr.Blocks:
         async def stopped(session: Session) -> None:
             session.stop = True
 
-        async def cleared(session: Session) -> dict[str, Any]:
+        async def cleared(session: Session) -> str:
             session.stop = True
             session.turns.clear()
             session.runs += 1
-            return view(site, session, "", [], "idle")
+            return written(view(site, session, "", [], "idle"))
 
         quiet: Any = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
         gr.on([ask.click, box.submit], asked, inputs, outputs, trigger_mode="once", **quiet)

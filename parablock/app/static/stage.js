@@ -1,6 +1,6 @@
 // The stage shows one answer (or two, in a race) as it is denoised, and plays it again. It receives the recorded events
-// as `props.value` and needs nothing else from the server. Every event tells the tokens of the active block:
-//   {t: seconds since the question, f: forward, s: index of the first token, tokens: [[text, masked, revealed, confidence]]}
+// as JSON in `props.value` and needs nothing else from the server. Every event tells which positions changed:
+//   {t: seconds since the question, f: forward, tokens: [[position, text, masked, confidence], ...]}
 const find = (name) => element.querySelector(name);
 const stage = find(".pb-stage");
 const scrub = find(".pb-scrub");
@@ -28,13 +28,8 @@ function cellsAfter(data, count) {
   const cells = [];
   for (let i = 0; i < count; i++) {
     const event = data.events[i];
-    event.tokens.forEach(([text, masked, revealed, confidence], j) => {
-      const at = event.s + j;
-      if (masked) cells[at] = { masked: true };
-      else if (revealed || !cells[at] || cells[at].masked)
-        cells[at] = { text, confidence, forward: event.f, fresh: i === count - 1 };
-      else cells[at] = { ...cells[at], fresh: false };
-    });
+    for (const [at, text, masked, confidence] of event.tokens)
+      cells[at] = masked ? { masked } : { text, confidence, forward: event.f, fresh: i === count - 1 };
   }
   if (!count && data.events.length) cells.length = data.events[0].tokens.length;
   for (let i = 0; i < cells.length; i++) cells[i] ??= { masked: true };
@@ -161,9 +156,15 @@ function buildLane(data) {
   return { data, nodes, tokens: [] };
 }
 
+/** A growing answer comes with its latest events only: they continue those that are here. */
+function joined(old, data) {
+  if (data.since > old.events.length) return { ...data, events: old.events }; // some are missing; the end brings all
+  return { ...data, events: [...old.events.slice(0, data.since), ...data.events] };
+}
+
 function receive() {
-  const next = props.value;
-  if (!next || !next.run) return;
+  if (!props.value) return;
+  const next = JSON.parse(props.value);
   const fresh = !value || value.run !== next.run;
   value = next;
   stage.dataset.state = value.state;
@@ -186,7 +187,7 @@ function receive() {
     clock = 0;
     if (value.lanes.length) start();
   }
-  lanes.forEach((lane, i) => (lane.data = value.lanes[i]));
+  lanes.forEach((lane, i) => (lane.data = joined(lane.data, value.lanes[i])));
   moments = [...new Set(lanes.flatMap(({ data }) => data.events.map((event) => event.t)))].sort((a, b) => a - b);
   draw();
 }
