@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import ASK, LONG, QUESTION, Served, serve
+from server_process import ASK, LONG, QUESTION, Served, serve
 
 import parablock as pb
 from parablock.config import ServeConfig

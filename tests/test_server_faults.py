@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import ASK, LONG, Served, serve
+from server_process import ASK, LONG, Served, free_port, serve
 
 import parablock as pb
 from parablock.config import ServeConfig
@@ -124,7 +125,7 @@ def test_malformed_bodies(server: Served) -> None:
         '"top_k":2147483647,"temperature":1', '"tokens_per_step":2147483647,"strategy":"fixed"', '"stop":"\\u0000"',
     ]  # fmt: skip
     nasty += [f'{{"prompt":"x\\u0000\\ufdd0","max_tokens":2,{fields}}}'.encode() for fields in strange]
-    for _ in range(120):
+    for _ in range(970):  # two thousand bodies with those above, on two paths
         body = bytearray(good)
         for _ in range(rng.randint(1, 4)):
             at = rng.randrange(len(body))
@@ -195,6 +196,42 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
         assert chunks[-1].choices[0].finish_reason == "length"
         assert served.process.wait(timeout=20) == 0
     assert "Traceback" not in served.text()
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    port = free_port()
+    with serve(tmp_path / "first", port=port) as served:
+        stream = served.client.chat.completions.create(**LONG, stream=True)
+        next(stream)
+        served.process.kill()
+        with pytest.raises((openai.APIError, httpx.TransportError)):
+            list(stream)
+        with pytest.raises(openai.APIConnectionError):
+            answers(served)
+    with serve(tmp_path / "second", port=port) as again:  # the same address, at once
+        assert answers(again)
+        assert answers(served)  # a client of the first one goes on
+
+
+def test_a_log_that_cannot_be_written() -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "parablock", "serve", "--port", str(port)]
+    with open("/dev/full", "wb") as full, subprocess.Popen(command, stderr=full) as process:
+        try:
+            ends_at = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < ends_at:
+                try:
+                    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.1)
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            for _ in range(3):
+                assert client.chat.completions.create(**ASK).choices[0].message.content
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("stream", [False, True])

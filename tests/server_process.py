@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -61,9 +62,16 @@ class Served:
             time.sleep(0.02)
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
 @contextmanager
-def serve(log: Path, *arguments: str, **environment: str) -> Iterator[Served]:
-    command = [sys.executable, "-m", "parablock", "serve", *arguments, "--port", "0"]
+def serve(log: Path, *arguments: str, port: int = 0, **environment: str) -> Iterator[Served]:
+    command = [sys.executable, "-m", "parablock", "serve", *arguments, "--port", str(port)]
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, stderr=stderr, env={**os.environ, **environment})
     try:
