@@ -1,5 +1,6 @@
 """The web page: chat, live denoising with replay, and AR racing block diffusion."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Session:
     turns: list[dict[str, str]] = field(default_factory=list)
     runs: int = 0
     stop: bool = False
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,14 +161,28 @@ def build(site: Site) -> gr.Blocks:
         inputs = [session, box, *controls]
 
         async def answering(session: Session, text: str, values: tuple[Any, ...], *, race: bool) -> AsyncIterator[Any]:
-            busy = (gr.skip(), gr.Button(interactive=False), gr.Button(interactive=False), gr.Button(interactive=True))
+            busy = (
+                "" if text.strip() else gr.skip(),
+                gr.Button(interactive=False),
+                gr.Button(interactive=False),
+                gr.Button(interactive=True),
+            )
             free = (gr.Button(interactive=True), gr.Button(interactive=True), gr.Button(interactive=False))
-            first, shown = True, None
-            async for shown in answer(site, session, text, Settings(*values), race=race):
-                yield written(shown), *(busy if first else [gr.skip()] * 4)
-                first = False
+            for _ in range(25):  # the last answer may be about to end
+                if session.busy:
+                    await asyncio.sleep(0.02)
+            if session.busy:  # Enter, while an answer is still coming
+                yield (gr.skip(),) * 5
+                return
+            first, shown, session.busy = True, None, True
+            try:
+                async for shown in answer(site, session, text, Settings(*values), race=race):
+                    yield written(shown), *(busy if first else [gr.skip()] * 4)
+                    first = False
+            finally:
+                session.busy = False
             assert shown is not None
-            yield written(shown), (text if shown["state"] == "failed" else ""), *free
+            yield written(shown), (text if text.strip() and shown["state"] == "failed" else gr.skip()), *free
 
         async def asked(session: Session, text: str, *values: Any) -> AsyncIterator[Any]:
             async for update in answering(session, text, values, race=False):
@@ -186,8 +202,8 @@ def build(site: Site) -> gr.Blocks:
             return written(view(site, session, "", [], "idle"))
 
         quiet: Any = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-        gr.on([ask.click, box.submit], asked, inputs, outputs, trigger_mode="once", **quiet)
-        race.click(raced, inputs, outputs, trigger_mode="once", **quiet)
+        gr.on([ask.click, box.submit], asked, inputs, outputs, trigger_mode="multiple", **quiet)
+        race.click(raced, inputs, outputs, trigger_mode="multiple", **quiet)
         stop.click(stopped, session, None, queue=False, **quiet)
         clear.click(cleared, session, stage, queue=False, **quiet)
     return page
