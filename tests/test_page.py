@@ -223,7 +223,7 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
             page.click("#stop")
             expect(page.locator(".pb-stage > .pb-alert")).to_contain_text("Stopped")
             expect(page.locator("#ask")).to_be_enabled()
-            assert page.locator(".pb-lane").first.get_attribute("data-state") == "stopped"
+            expect(page.locator(".pb-lane").first).to_have_attribute("data-state", "stopped")
             assert [_await_line(server, r'"outcome": "\w+"') for _ in range(2)] == ['"outcome": "cancelled"'] * 2
             _ask(page, QUESTION, "#race")
             page.wait_for_selector(".pb-token")
