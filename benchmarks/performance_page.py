@@ -79,7 +79,7 @@ def _crossing(rows: Rows) -> str:
         f"AR's {ar['queries_per_token']:.1f} (prompts included, which cost both alike). By arithmetic alone AR would end up "
         f"{last[8]['queries_per_token'] / ar['queries_per_token']:.1f} and {last[32]['queries_per_token'] / ar['queries_per_token']:.1f} "
         f"times as fast. It does not get there on this machine because its queries are dearer: {_per_query(ar)} each with {most} "
-        f"in flight, against {_per_query(last[8])} and {_per_query(last[32])}, since every one of them reads K/V of its own, which "
+        f"in flight, against {_per_query(last[8])} and {_per_query(last[32])}, in part since every one of them reads K/V of its own, which "
         "32 queries of a block share."
     )
     return "\n\n".join(parts)
