@@ -11,7 +11,7 @@ import typer
 
 from parablock import __version__
 from parablock.config import DecodeConfig, ServeConfig, require_library
-from parablock.options import NOTHING, Given, adapt_options, decode_options, serve_options
+from parablock.options import NOTHING, Given, adapt_options, decode_options, parse_list, serve_options
 
 app = typer.Typer(
     help="Turn autoregressive language models into block-diffusion models and decode them many tokens at a time.",
@@ -194,16 +194,6 @@ def export(
     print(f"{output}: layout {layout}, {size / 1e6:.1f} MB; its README.md says how to use it")
 
 
-def _list(text: str, name: str, kind: type) -> tuple[Any, ...]:
-    """ "1,8,32" as numbers, "on,off" as bools; nothing as nothing."""
-    switches = {"on": True, "off": False}
-    try:
-        return tuple(switches[part.strip()] if kind is bool else kind(part) for part in text.split(",") if part.strip())
-    except (ValueError, KeyError):
-        example = "on,off" if kind is bool else "1,8,32" if kind is int else "0.7,0.9"
-        raise ValueError(f"{name}={text!r} is no list; write it like {example}") from None
-
-
 @app.command()
 def bench(
     model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled'.")] = "bundled",
@@ -240,12 +230,12 @@ def bench(
     if random_weights is not None:
         tokens_per_step, prompt_tokens = tokens_per_step or 4, prompt_tokens or "64"
     config = BenchConfig(
-        concurrency=_list(concurrency, "concurrency", int),
-        prompt_tokens=_list(prompt_tokens, "prompt_tokens", int),
-        thresholds=_list(threshold, "threshold", float),
-        sub_block_sizes=_list(sub_block_size, "sub_block_size", int),
-        sub_block_cache=_list(sub_block_cache, "sub_block_cache", bool),
-        compile=_list(compiled, "compile", bool),
+        concurrency=parse_list(concurrency, "concurrency", int),
+        prompt_tokens=parse_list(prompt_tokens, "prompt_tokens", int),
+        thresholds=parse_list(threshold, "threshold", float),
+        sub_block_sizes=parse_list(sub_block_size, "sub_block_size", int),
+        sub_block_cache=parse_list(sub_block_cache, "sub_block_cache", bool),
+        compile=parse_list(compiled, "compile", bool),
         new_tokens=new_tokens,
         requests=requests,
         rounds=rounds,

@@ -134,3 +134,13 @@ def _options_of(
 decode_options = _options_of(DecodeConfig, DECODE_HELP, "Decoding", defaults=True)
 adapt_options = _options_of(AdaptConfig, ADAPT_HELP, "Recipe", defaults=False)
 serve_options = _options_of(ServeConfig, SERVE_HELP, "Server", defaults=True)
+
+
+def parse_list(text: str, name: str, kind: type) -> tuple[Any, ...]:
+    """ "1,8,32" as numbers, "on,off" as bools; nothing as nothing."""
+    switches = {"on": True, "off": False}
+    try:
+        return tuple(switches[part.strip()] if kind is bool else kind(part) for part in text.split(",") if part.strip())
+    except (ValueError, KeyError):
+        example = "on,off" if kind is bool else "1,8,32" if kind is int else "0.7,0.9"
+        raise ValueError(f"{name}={text!r} is no list; write it like {example}") from None
