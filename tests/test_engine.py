@@ -161,7 +161,7 @@ def test_any_schedule_gives_the_same_tokens(requests: list[Any], size: tuple[int
 def test_shapes_rounded_to_powers_of_two_change_nothing(model: Any, mode: Any) -> None:
     config = replace(BASE, mode=mode)
     expected = pb.generate(model, ROWS, config).tokens
-    with pb.Engine(model, pb.EngineConfig(max_rows=5)) as engine:
+    with pb.Engine(model, pb.EngineConfig(max_rows=5, max_context=72)) as engine:  # nine pages
         # as for captured graphs, which need CUDA
         engine.config = replace(engine.config, cuda_graphs=True)
         assert engine.generate(ROWS, config).tokens == expected

@@ -167,7 +167,7 @@ def _group(
         base_n[these] = base + width * np.arange(len(these))
         members, first = rows_n[these], first_n[these]
         if powers_of_two:
-            pages = _power_of_two(pages)
+            pages = min(_power_of_two(pages), rows.table_RP.shape[1])
             spare = _power_of_two(len(these)) - len(these)
             members = np.append(members, np.full(spare, rows.spare))
             first = np.append(first, np.zeros(spare, dtype=np.int64))
