@@ -160,11 +160,12 @@ def test_any_schedule_gives_the_same_tokens(requests: list[Any], size: tuple[int
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
 def test_shapes_rounded_to_powers_of_two_change_nothing(model: Any, mode: Any) -> None:
     config = replace(BASE, mode=mode)
-    expected = pb.generate(model, ROWS, config).tokens
-    with pb.Engine(model, pb.EngineConfig(max_rows=5, max_context=72)) as engine:  # nine pages
+    rows = [*ROWS, prompt(1, 48)]
+    expected = pb.generate(model, rows, config).tokens
+    with pb.Engine(model, pb.EngineConfig(max_rows=5, max_context=72)) as engine:  # nine pages, no power of two
         # as for captured graphs, which need CUDA
         engine.config = replace(engine.config, cuda_graphs=True)
-        assert engine.generate(ROWS, config).tokens == expected
+        assert engine.generate(rows, config).tokens == expected
         assert empty(engine)
 
 
