@@ -179,10 +179,10 @@ def build(site: Site) -> gr.Blocks:
                 async for shown in answer(site, session, text, Settings(*values), race=race):
                     yield written(shown), *(busy if first else [gr.skip()] * 4)
                     first = False
+                assert shown is not None
+                yield written(shown), (text if text.strip() and shown["state"] == "failed" else gr.skip()), *free
             finally:
                 session.busy = False
-            assert shown is not None
-            yield written(shown), (text if text.strip() and shown["state"] == "failed" else gr.skip()), *free
 
         async def asked(session: Session, text: str, *values: Any) -> AsyncIterator[Any]:
             async for update in answering(session, text, values, race=False):
@@ -197,6 +197,9 @@ def build(site: Site) -> gr.Blocks:
 
         async def cleared(session: Session) -> str:
             session.stop = True
+            for _ in range(100):  # what is still coming ends first, or it would stand on the new page
+                if session.busy:
+                    await asyncio.sleep(0.02)
             session.turns.clear()
             session.runs += 1
             return written(view(site, session, "", [], "idle"))
