@@ -21,6 +21,7 @@ from parablock.data.chat import encode_prompt
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'parablock[app]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install playwright")
 expect = sync_api.expect
+expect.set_options(timeout=30_000)  # a busy machine is slow, not wrong
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: apt-get install chromium")
