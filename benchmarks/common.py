@@ -16,9 +16,14 @@ def setting(command: str) -> dict[str, Any]:
     return {"command": command, "commit": commit.stdout.strip(), **machine()}
 
 
+def write_json(file: Path, report: Any, indent: int | None = None) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps(report, indent=indent) + "\n")
+    scratch.replace(file)
+
+
 def write(name: str, report: dict[str, Any]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    scratch = RESULTS / f"{name}.part"
-    scratch.write_text(json.dumps(report, indent=2) + "\n")
-    scratch.replace(RESULTS / f"{name}.json")
+    write_json(RESULTS / f"{name}.json", report, indent=2)
     print(json.dumps(report))

@@ -1,5 +1,6 @@
 """The web page in a real Chromium, over a real `parablock app` with a server of its own."""
 
+import copy
 import os
 import re
 import shutil
@@ -199,13 +200,17 @@ def test_messages_settings_and_history(open_page: Any) -> None:
 
 
 def _endless_model(folder: Path) -> Path:
-    """The bundled model with random weights: never sure, so one token per forward, and without an end."""
+    """The bundled model, deeper and with random weights: never sure, so one slow token per forward, without an end."""
     model, tokenizer = pb.load("bundled")
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.layer_types, config.max_position_embeddings = 24, None, 2048
     torch.manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    pb.save(model, tokenizer, folder)
+    pb.save(type(model)(type(config)(**config.to_dict())), tokenizer, folder)
     return folder
+
+
+def _race_is_running(page: Any) -> None:
+    page.wait_for_function("document.querySelectorAll('.pb-lane:has(.pb-token)').length === 2")
 
 
 @in_browser
@@ -221,13 +226,14 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
             address = _await_line(app, r"http://[\d.]+:\d+")
             page = open_page(address)
             _ask(page, QUESTION, "#race")
+            _race_is_running(page)
             page.click("#stop")
             expect(page.locator(".pb-stage > .pb-alert")).to_contain_text("Stopped")
             expect(page.locator("#ask")).to_be_enabled()
             expect(page.locator(".pb-lane").first).to_have_attribute("data-state", "stopped")
             assert [_await_line(server, r'"outcome": "\w+"') for _ in range(2)] == ['"outcome": "cancelled"'] * 2
             _ask(page, QUESTION, "#race")
-            page.wait_for_selector(".pb-token")
+            _race_is_running(page)
             page.close()
             assert [_await_line(server, r'"outcome": "\w+"') for _ in range(2)] == ['"outcome": "cancelled"'] * 2
             page = open_page(address)

@@ -144,9 +144,10 @@ class Runner:
         try:
             with torch.inference_mode():
                 packed, sizes, shapes = self._pack(rows, plan)
-                logits = self._replay(packed, sizes, shapes) if self._graphs is not None else None
-                if logits is None:
+                if self._graphs is None:
                     logits = self._compute(packed.to(self.device), sizes, shapes)
+                else:
+                    logits = self._replay(packed, sizes, shapes)
                 return propose_tokens(logits[: len(plan.owner_M)], rows, plan)
         finally:
             torch.set_num_threads(threads)
