@@ -1,7 +1,7 @@
 """What the tables of `paper.py` train: the recipe with and without each of its parts, and one model per seed.
 
-A run that is done is not done again: figures lie in `benchmarks/results/recipe/`, models in `runs/paper/`. Everything of
-a run depends on its variant and its seed alone. Each uses one thread, so several can run beside one another
+A run that is done is not done again: figures lie in `benchmarks/results/recipe/`, models in `runs/paper/`. Everything
+of a run depends on its variant and its seed alone. Each uses one thread, so several can run beside one another
 (`paper.py training --only VARIANT --seed N`).
 """
 
@@ -23,8 +23,8 @@ from parablock.evals.word_problems import MAX_NEW_TOKENS, evaluate, test_problem
 STEPS, ROWS, CONTEXT, PROBLEMS = 200, 16, 256, 300
 MODEL_STEPS = 500  # at block size 32, after STEPS at block size 8
 PLAIN = {"isolate_samples": False}
-# "naive" is the token shift alone; each variant of Fast-dLLM v2, table 2, adds one thing to the one before it; the others
-# change one thing of "isolated", which is what `parablock` does by default
+# "naive" is the token shift alone; each variant of Fast-dLLM v2, table 2, adds one thing to the one before it; the
+# others change one thing of "isolated", which is what `parablock` does by default
 VARIANTS: dict[str, dict[str, Any]] = {
     "naive": {**PLAIN, "block_padding": False, "complementary": False},
     "+ padding": {**PLAIN, "complementary": False},

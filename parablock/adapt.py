@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from parablock.bench.machine import machine
 from parablock.checkpoints.load import NotAdaptedWarning, load
 from parablock.checkpoints.save import save
 from parablock.config import AdaptConfig, DecodeConfig, Model, require_library
@@ -24,6 +23,7 @@ from parablock.data.chat import IGNORE, Sample
 from parablock.data.sources import Data, load_data
 from parablock.data.word_problems import read_answer
 from parablock.decoding.generate import generate
+from parablock.evals.machine import machine
 from parablock.training.cost import GPUS, Cost, Shape, estimate
 from parablock.training.recipe import write_recipe
 from parablock.training.rows import RowDataset

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from parablock import __version__
-from parablock.config import DecodeConfig, ServeConfig, require_library
-from parablock.options import NOTHING, Given, adapt_options, decode_options, parse_list, serve_options
+from parablock.config import DecodeConfig, EvalConfig, ServeConfig, require_library
+from parablock.options import NOTHING, Given, adapt_options, decode_options, eval_options, parse_list, serve_options
 
 app = typer.Typer(
     help="Turn autoregressive language models into block-diffusion models and decode them many tokens at a time.",
@@ -251,6 +251,69 @@ def bench(
         config, Console(highlight=False), folder, model=model, ar=ar, random_weights=random_weights, prompts=prompts,
         block_size=block_size, dtype=dtype,
     )  # fmt: skip
+
+
+@app.command("eval")
+@eval_options
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled', 'bundled-ar'.")] = "bundled",
+    tasks: Annotated[
+        str, typer.Option(help="As a list: names of lm-evaluation-harness, 'word_problems', 'humaneval', 'mbpp'.")
+    ] = "",
+    suite: Annotated[str | None, typer.Option(help="'paper': the tasks and settings of Fast-dLLM v2.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers decoded together.")] = 32,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt. Default: the task's own.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="The chat template. Default: if the tokenizer has one.", show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    multiturn: Annotated[bool, typer.Option(help="Examples as turns of a chat, not in one message.")] = True,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A local file for a task: TASK=FILE or TASK:SPLIT=FILE (repeatable)."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with task definitions of your own.")] = None,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Let programs of the model run, sandboxed.")] = False,
+    question_seed: Annotated[int, typer.Option(help="Of examples, and which problems of the bundled task.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="'float32' or 'bfloat16'. Default: float32 on a CPU.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: slower start, faster steps.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the files go. Default: a new folder in parablock-eval.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Compare two output folders instead.", metavar="A B")
+    ] = None,
+    given: Given = NOTHING,
+) -> None:
+    """Measure accuracy (and tokens per forward) on standard tasks, or compare two such runs."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    require_library("lm_eval", "eval")
+    if compare is not None:
+        from parablock.evals.compare import run_compare
+
+        run_compare(*compare, console)
+        return
+    config = EvalConfig(
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        suite=suite,  # type: ignore[arg-type]
+        data=tuple(data or ()),
+        include_path=None if include_path is None else str(include_path),
+        limit=limit,
+        batch_size=batch_size,
+        num_fewshot=num_fewshot,
+        chat=chat,
+        system=system,
+        multiturn=multiturn,
+        seed=question_seed,
+        run_code=run_code,
+    )
+    from parablock.evals.command import run_eval
+
+    decoding = {name: value for name, value in given.items() if value is not None}
+    run_eval(model, config, decoding, console, output, dtype=dtype, compile=compiled)
 
 
 @app.command()

@@ -287,3 +287,41 @@ class BenchConfig:
         _require(
             all(0.0 <= v <= 1.0 for v in self.thresholds), "thresholds", self.thresholds, "use values in [0, 1]"
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `parablock eval` measures, and how the questions are put.
+
+    `tasks`: names of lm-evaluation-harness tasks, groups or patterns, "word_problems" (the bundled task), "humaneval",
+    "mbpp" (code: needs `run_code`, which allows model-written programs to run in a sandbox). `suite` "paper": the tasks
+    and settings of Fast-dLLM v2 instead. `data`: local files in place of a task's dataset, "task=file" or
+    "task:split=file". `include_path`: a folder with task definitions of your own.
+
+    `limit`: only the first so many questions of each task. `batch_size`: how many are answered together.
+    `num_fewshot` None: the task's own. `chat` None: the chat template where the tokenizer has one; `system`: a system
+    message. `multiturn`: few-shot examples as turns of a chat. `seed`: of few-shot choices and sampling, and which
+    problems of the bundled task.
+    """
+
+    tasks: tuple[str, ...] = ()
+    suite: Literal["paper"] | None = None
+    data: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: int | None = None
+    batch_size: int = 32
+    num_fewshot: int | None = None
+    chat: bool | None = None
+    system: str | None = None
+    multiturn: bool = True
+    seed: int = 1
+    run_code: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(self.tasks) != bool(self.suite), "tasks", self.tasks, "name tasks, or use suite='paper'")
+        _require(self.suite in (None, "paper"), "suite", self.suite, "use 'paper'")
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "use at least 1")
+        _require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", self.num_fewshot, "use 0 or more")
+        _require(self.system is None or self.chat is not False, "system", self.system, "it needs the chat template")

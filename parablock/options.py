@@ -132,6 +132,7 @@ def _options_of(
 
 
 decode_options = _options_of(DecodeConfig, DECODE_HELP, "Decoding", defaults=True)
+eval_options = _options_of(DecodeConfig, DECODE_HELP, "Decoding", defaults=False)
 adapt_options = _options_of(AdaptConfig, ADAPT_HELP, "Recipe", defaults=False)
 serve_options = _options_of(ServeConfig, SERVE_HELP, "Server", defaults=True)
 

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from parablock.bench.throughput import COLUMNS, Case, Workload, measure, report, table, write_report
 from parablock.config import BenchConfig, require_library
+from parablock.evals.tables import print_table
 
 TASK_PROMPTS = 256  # of the bundled task
-NEEDED_WIDTH = 124  # of the table; narrower terminals wrap its lines
 SHOWN = 9  # columns that a terminal has room for; report.md has all, and the ranges
 
 
@@ -56,7 +56,7 @@ def run_bench(
     printed.columns[0].no_wrap = True
     for line in table(content["rows"], ranges=False):
         printed.add_row(*line[:SHOWN])
-    (console if console.width >= NEEDED_WIDTH else Console(width=NEEDED_WIDTH, highlight=False)).print(printed)
+    print_table(console, printed)
     for file in write_report(folder, content):
         console.print(f"  {file}")
     return content

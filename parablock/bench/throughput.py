@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from parablock.bench.load import Measured, run_load
-from parablock.bench.machine import machine
 from parablock.config import BenchConfig, DecodeConfig, EngineConfig, Mode
 from parablock.engine.engine import Engine
+from parablock.evals.machine import machine
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,15 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
-        answer = _end_of_turn(tokenizer, _render(tokenizer, messages[: i + 1], add_generation_prompt=False))
+        prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
+        answer = _end_of_turn(tokenizer, render(tokenizer, messages[: i + 1], add_generation_prompt=False))
         if not prompt.startswith(done) or not answer.startswith(prompt):
             raise ValueError(
                 f"the chat template rewrites earlier turns (assistant message {i}), so its answer cannot be told "
                 "from the prompt; train on conversations that end with this message, or use another template"
             )
         for text, learned in ((prompt[len(done) :], False), (answer[len(prompt) :], True)):
-            ids = _tokenize(tokenizer, text)
+            ids = encode_rendered(tokenizer, text)
             input_ids += ids
             labels += ids if learned else [IGNORE] * len(ids)
         done = answer
@@ -59,7 +59,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messa
 
     A special token that is spelled out in a message is text: it ends no turn and is no mask.
     """
-    return _tokenize(tokenizer, _render(tokenizer, messages, add_generation_prompt=True))
+    return encode_rendered(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -69,7 +69,8 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return ids + [i for piece in rest for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """A conversation as the template writes it, with a cut (`CUT`) inside every special token spelled out in it."""
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
     text = tokenizer.apply_chat_template(
@@ -89,7 +90,7 @@ def _cut(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     return re.sub(f"(?={spelled}).", rf"\g<0>{CUT}", text) if spelled else text
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The ids of a rendered text; what a cut separates shares no token."""
     return [i for piece in text.split(CUT) for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 

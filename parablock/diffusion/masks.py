@@ -8,7 +8,7 @@ that one sentence is the block-diffusion mask (Fast-dLLM v2, section 3.1). Units
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,30 @@ def block_diffusion_mask(length: int, block_size: int, views: int = 1, device: t
     stream = torch.arange(views + 1, device=device).repeat_interleave(length)
     own = (block[:, None] == block[None, :]) & (stream[:, None] == stream[None, :])
     return own | ((stream == views)[None, :] & (block[:, None] > block[None, :]))
+
+
+class Units(Protocol):
+    """What one forward runs over: units of `block_size` tokens, U of them, and what each attends to.
+
+    `groups`: ranges of units, and for each the units before them that they attend to `[units in the range, number]`.
+    """
+
+    @property
+    def block_size(self) -> int:
+        """D."""
+
+    @property
+    def groups(self) -> tuple[tuple[int, int, Tensor], ...]:
+        """In order of the units, whose block numbers are equal within a range."""
+
+    def positions(self) -> Tensor:
+        """Position ids `[1, T]`."""
+
+    def dense_mask(self) -> Tensor:
+        """The mask `[1, 1, T, T]` (bool): the readable reference, quadratic memory."""
+
+    def flex_mask(self) -> Any:
+        """The same as a flex-attention `BlockMask` (CUDA skips its empty tiles)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,7 @@ class BlockLayout:
         return (start[:, None] + torch.arange(self.block_size, device=start.device)).view(1, -1)
 
     def dense_mask(self) -> Tensor:
-        """The mask `[1, 1, T, T]` (bool) of all units in one sequence: the readable reference, quadratic memory."""
+        """See `Units`."""
         own = torch.eye(len(self.block), dtype=torch.bool, device=self.block.device)
         before = self.number[:, None] > self.number[None, :]
         units = own | (before & (self.sample[:, None] == self.sample[None, :]) & (self.stream == CLEAN)[None, :])
@@ -79,7 +103,7 @@ class BlockLayout:
         return units.repeat_interleave(size, 0).repeat_interleave(size, 1)[None, None]
 
     def flex_mask(self) -> Any:
-        """The same as a flex-attention `BlockMask` (CUDA skips its empty tiles)."""
+        """See `Units`."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         size, stream, sample, number = self.block_size, self.stream, self.sample, self.number
@@ -146,7 +170,7 @@ def block_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    block_layout: BlockLayout | None = None,
+    block_layout: Units | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention by structure: no mask, no wasted product. An attention function in transformers' interface.
@@ -168,7 +192,7 @@ def block_attention(
 
 
 def _attend_units(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scaling: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, layout: Units, scaling: float | None, dropout: float
 ) -> Tensor:
     size, heads, kv_heads, width = layout.block_size, query.shape[1], key.shape[1], query.shape[-1]
     units, share = query.shape[2] // size, heads // kv_heads

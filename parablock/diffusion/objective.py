@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from parablock.config import FirstTokenContext, Model
-from parablock.diffusion.masks import CLEAN, BlockLayout, block_layout, register_block_attention, sample_bounds
+from parablock.diffusion.masks import CLEAN, BlockLayout, Units, block_layout, register_block_attention, sample_bounds
 from parablock.diffusion.noise import complementary_views
 from parablock.diffusion.support import attention as using_attention
 from parablock.diffusion.support import require_full_attention
@@ -71,7 +71,7 @@ def diffusion_loss(
     if not layout.tokens:
         raise ValueError("no position of the batch has a label; every row needs at least one response token")
     views = torch.stack([input_ids, *(input_ids.masked_fill(v, mask_token_id) for v in (first, second))])
-    hidden = _hidden_states(model, layout.gather(views), layout, attention)
+    hidden = hidden_states(model, layout.gather(views), layout, attention)
     sources, targets = _shifted_targets(layout, torch.stack([first, second]), input_ids, first_token_context)
     total = _summed_cross_entropy(model, hidden.index_select(0, sources), targets)
     return total / (targets.numel() if num_items is None else num_items)
@@ -127,7 +127,7 @@ def _check(
         raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {vocabulary} tokens")
 
 
-def _hidden_states(model: Model, ids: Tensor, layout: BlockLayout, attention: Attention | None) -> Tensor:
+def hidden_states(model: Model, ids: Tensor, layout: Units, attention: Attention | None = None) -> Tensor:
     """One forward of the decoder over all units: `[1, T]` -> `[T, hidden]`."""
     if attention is None:
         # flags set by gradient_checkpointing_enable, whatever this version of transformers calls it
@@ -177,7 +177,7 @@ def _shifted_targets(
     return unit * size + place, input_ids[row, position]
 
 
-def _logits(model: Model, hidden: Tensor) -> Tensor:
+def head_logits(model: Model, hidden: Tensor) -> Tensor:
     """What the model's own forward makes of `hidden [M, hidden]`: its head, and what its architecture does after it."""
     logits: Tensor = model.get_output_embeddings()(hidden).float()
     config = model.config
@@ -194,7 +194,7 @@ def _summed_cross_entropy(model: Model, hidden: Tensor, targets: Tensor) -> Tens
     """Cross-entropy summed over `hidden [M, hidden]`; with large vocabularies chunk by chunk, logits recomputed."""
 
     def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(_logits(model, h), t, reduction="sum")
+        return F.cross_entropy(head_logits(model, h), t, reduction="sum")
 
     size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
     if len(targets) <= size:

@@ -69,6 +69,8 @@ class Engine:
         self.rows = EngineRows(self.config.max_rows, pages_per_row, self.block_size)
         self.steps = 0
         self.step_seconds = 0.0  # in all steps together
+        self.prefill_tokens = 0  # prompt tokens that were run
+        self.prefill_seconds = 0.0  # their share of the steps' time, by tokens
         self._handles: list[Handle | None] = [None] * self.config.max_rows
         self._pages_of: list[list[int]] = [[] for _ in range(self.config.max_rows)]
         self._waiting: deque[Handle] = deque()
@@ -209,9 +211,12 @@ class Engine:
             try:
                 work = plan(self.rows, taking_part, self.config.prefill_chunk, self.config.cuda_graphs)
                 taking_part = work.rows
+                prefill = int((work.prefill_end - self.rows.start_R[work.prefill]).sum())
                 tokens_M, confidence_M = self.runner.run(self.rows, work)
                 self.steps += 1
                 self._tell(work, apply(self.rows, work, tokens_M, confidence_M))
+                self.prefill_tokens += prefill
+                self.prefill_seconds += (time.perf_counter() - started) * prefill / work.tokens
             except Exception as error:
                 log.exception("a step failed; its requests fail with it")
                 for row in taking_part:

@@ -136,10 +136,9 @@ class Runner:
     def run(self, rows: EngineRows, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """One forward: a token and its confidence `[M]` for every wanted prediction. Waits for the device once."""
         threads = torch.get_num_threads()
-        queries = sum(len(group.rows_n) * group.width for group in plan.groups)
-        self.queries += queries
+        self.queries += plan.tokens
         if self.device.type == "cpu":
-            few = self.weights * queries < ONE_THREAD
+            few = self.weights * plan.tokens < ONE_THREAD
             torch.set_num_threads(self.threads or (1 if few else threads))
         try:
             with torch.inference_mode():

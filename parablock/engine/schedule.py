@@ -47,6 +47,11 @@ class Plan:
     autoregressive: np.ndarray
 
     @property
+    def tokens(self) -> int:
+        """T: how many tokens the forward runs over."""
+        return sum(len(group.rows_n) * group.width for group in self.groups)
+
+    @property
     def decoding(self) -> np.ndarray:
         """The rows for which this is a decode forward."""
         return np.concatenate([self.commit, self.whole, self.part, self.autoregressive])
