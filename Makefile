@@ -49,7 +49,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[train,plot,app,dev]'
+	$(PIP) --editable '.[train,plot,app,eval,dev]'
 	touch $@ $(VENV)/.demo
 
 clean:

@@ -16,6 +16,7 @@ import pytest
 
 from parablock.evals import code, sandbox
 from parablock.evals.code import CodeScore, chat_prompt, cut_answer, load_problems, prepare, score
+from parablock.evals.results import read
 
 HERE = Path(__file__).parent
 GIBIBYTE = 1 << 30
@@ -23,8 +24,17 @@ PATIENT = 30.0  # seconds for one test on a busy machine
 
 
 @pytest.fixture(scope="module")
-def python() -> Path:
-    return prepare()  # in the user's cache: once per machine
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """EvalPlus's environment, in the user's cache: made once per machine."""
+    script = tmp_path_factory.mktemp("probe") / "probe.py"
+    script.write_text("open('/out/result', 'w').close()")
+    try:
+        sandbox.run(Path(sys.executable), script, [], {}, memory=GIBIBYTE, seconds=60, processes=8)
+    except ValueError as error:
+        if "refuses the sandbox" in str(error):
+            pytest.skip(str(error))
+        raise
+    return prepare()
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +62,28 @@ def run_script(python: Path, folder: Path, text: str, **limits: Any) -> bytes:
     return sandbox.run(
         python, script, [], {}, **{"memory": GIBIBYTE, "seconds": 300, "processes": 8, "scratch": 16 << 20, **limits}
     )
+
+
+# the command
+
+
+def test_the_command_asks_saves_and_scores(humaneval: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    options = ["--tasks", "humaneval", "--run-code", "--data", f"humaneval={humaneval}", "--limit", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "parablock", "eval", "bundled", *options, "--max-new-tokens", "64", "-o", folder],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report, samples = read(folder)
+    found = report["tasks"]["humaneval"]
+    assert (found["questions"], found["of"]) == (3, 164)
+    assert found["metrics"]["pass@1,base"]["value"] == 0.0  # a model of word problems writes no programs
+    assert found["speed"]["responses"] == 3
+    assert [(s.number, s.filter) for s in samples] == [(n, kind) for kind in ("base", "plus") for n in range(3)]
+    answers = json.loads((folder / "humaneval-answers.json").read_text())
+    assert [s.response for s in samples[:3]] == list(answers.values())
+    assert "pass@1,plus" in done.stdout
 
 
 # EvalPlus

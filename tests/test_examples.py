@@ -15,6 +15,7 @@ EXAMPLES = {
     "adapt.py 4": "tokens per forward",
     "checkpoints.py": "#### 29",
     "engine.py": "'running': 0",
+    "evaluation.py": "tokens per forward 5",
 }
 
 

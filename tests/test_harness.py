@@ -26,10 +26,11 @@ from lm_eval.api.instance import Instance  # noqa: E402
 
 from parablock.evals.harness import ParablockLM  # noqa: E402
 from parablock.evals.likelihood import log_likelihood  # noqa: E402
-from parablock.evals.tasks import load_tasks, word_problems  # noqa: E402
+from parablock.evals.tasks import load_tasks, parse_data, word_problems  # noqa: E402
 
 TEST, TRAIN = (Path(__file__).parent / name for name in ("gsm8k_test_head.jsonl", "gsm8k_head.jsonl"))  # MIT licence
 PARABLOCK = [sys.executable, "-m", "parablock"]
+LAUNCH = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no --main_process_port=0"
 QUESTIONS = [problem.question for problem in task.test_problems(3, 6)]
 
 
@@ -80,12 +81,12 @@ def test_the_harness_makes_it_by_name_and_ar_is_transformers_own() -> None:
 
 
 def test_stop_strings_and_lengths(lm: ParablockLM) -> None:
-    whole = lm.generate_until(_instances("generate_until", [(_chat(lm, q), {"until": []}) for q in QUESTIONS]))
     lm.costs.clear()
+    whole = lm.generate_until(_instances("generate_until", [(_chat(lm, q), {"until": []}) for q in QUESTIONS]))
+    tokens = lm.costs.pop("task").tokens
     asked = [(_chat(lm, q), {"until": ["####", "<|im_end|>"], "max_gen_toks": 60}) for q in QUESTIONS]
     stopped = lm.generate_until(_instances("generate_until", asked))
     assert stopped == [text.split("####")[0] for text in whole]
-    tokens = sum(len(lm.tokenizer(text)["input_ids"]) for text in whole)
     assert lm.costs["task"].tokens < tokens
     first = lm.generate_until(_instances("generate_until", [(_chat(lm, QUESTIONS[0]), {"max_gen_toks": 5})]))
     assert len(lm.tokenizer(first[0])["input_ids"]) == 5
@@ -117,8 +118,8 @@ def test_likelihoods_of_texts(lm: ParablockLM) -> None:
     answer = lm.generate_until(_instances("generate_until", [(prompt, {"until": []})]))[0]
     texts = [(prompt, answer), (prompt, answer.replace("0", "1")), ("", "4+4=8")]
     (right, greedy), (wrong, other), (alone, _) = lm.loglikelihood(_instances("loglikelihood", texts), True)
-    ids = [lm.tok_encode(text) for text in (prompt, answer, "4+4=8")]
-    by_ids = log_likelihood(lm.model, [(ids[0], ids[1]), ([lm.prefix_token_id], ids[2])], lm.config)
+    pair = lm._encode_pair(prompt, answer)  # white space at the context's end belongs to the continuation
+    by_ids = log_likelihood(lm.model, [pair, ([lm.prefix_token_id], lm.tok_encode("4+4=8"))], lm.config)
     assert (right, greedy) == by_ids[0]
     assert alone == by_ids[1][0]
     assert right > wrong or answer == texts[1][1]
@@ -155,7 +156,7 @@ def test_prompts_that_are_too_long_lose_their_beginning(lm: ParablockLM) -> None
 
 def test_the_stock_gsm8k_reads_local_files() -> None:
     """Five examples from one file, questions from another, the harness's own stop strings and scores."""
-    manager, tasks = load_tasks(["gsm8k"], data=[f"gsm8k={TEST}", f"gsm8k:train={TRAIN}"])
+    manager, tasks = load_tasks(["gsm8k"], files=parse_data([f"gsm8k={TEST}", f"gsm8k:train={TRAIN}"]))
 
     class Oracle(ParablockLM):
         """Knows every answer, and goes on talking."""
@@ -177,8 +178,8 @@ def test_the_stock_gsm8k_reads_local_files() -> None:
 
 def test_examples_never_come_from_the_questions() -> None:
     with pytest.raises(ValueError, match=r"--data gsm8k:train=FILE, or --num-fewshot 0"):
-        load_tasks(["gsm8k"], data=[f"gsm8k={TEST}"])
-    _, tasks = load_tasks(["gsm8k"], data=[f"gsm8k={TEST}"], num_fewshot=0)
+        load_tasks(["gsm8k"], files=parse_data([f"gsm8k={TEST}"]))
+    _, tasks = load_tasks(["gsm8k"], files=parse_data([f"gsm8k={TEST}"]), num_fewshot=0)
     assert len(tasks[0].test_docs()) == 20
 
 
@@ -194,7 +195,7 @@ def test_examples_never_come_from_the_questions() -> None:
 )
 def test_wrong_data_is_refused(data: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        load_tasks(["gsm8k"], data=data)
+        load_tasks(["gsm8k"], files=parse_data(data))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -235,37 +236,19 @@ def test_a_run_its_files_and_a_comparison(tmp_path: Path) -> None:
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     options = ["--tasks", "word_problems", "--limit", 9, "--question-seed", 5]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "parablock",
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), "-m", "parablock"]
     two = _run("eval", "bundled", *options, "-o", tmp_path / "two", command=launch)
     assert two.returncode == 0, two.stderr
     one = _run("eval", "bundled", *options, "-o", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     (report_1, samples_1), (report_2, samples_2) = read(tmp_path / "one"), read(tmp_path / "two")
     assert (report_1["processes"], report_2["processes"]) == (1, 2)
-    by_number = {sample.number: sample for sample in samples_2}
+    found = [
+        {s.number: (s.question_hash, s.prompt_hash, s.answer, s.scores) for s in samples}
+        for samples in (samples_1, samples_2)
+    ]
+    assert found[0] == found[1]
     assert len(samples_1) == len(samples_2) == 9
-    assert all(by_number[sample.number] == sample for sample in samples_1)
     assert report_2["tasks"]["word_problems"]["metrics"] == report_1["tasks"]["word_problems"]["metrics"]
     tokens = [r["tasks"]["word_problems"]["speed"]["tokens_per_forward"] for r in (report_1, report_2)]
     assert tokens[1] == pytest.approx(tokens[0], rel=0.2)  # the harness repeats a question where shares are uneven

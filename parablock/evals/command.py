@@ -14,9 +14,10 @@ from rich.table import Table
 
 from parablock.config import DecodeConfig, EvalConfig, require_library
 from parablock.evals import paper
+from parablock.evals.code import CODE_TASKS
 from parablock.evals.results import SAMPLES, Sample, make_report, samples_of, speed, task_reports, write
 from parablock.evals.tables import print_table
-from parablock.evals.tasks import CODE_TASKS, load_tasks
+from parablock.evals.tasks import load_tasks, parse_data
 
 MANY_TASKS = 20  # more are not shown one by one
 
@@ -56,7 +57,8 @@ def run_eval(
 
     disable_progress_bars()
     set_seed(config.seed)  # some tasks shuffle their choices while they are loaded
-    jobs = [(shots, *_tasks(config, names, shots)) for shots, names in _by_shots(config)]
+    files = parse_data(config.data)
+    jobs = [(shots, *_tasks(config, names, shots, files)) for shots, names in _by_shots(config)]
 
     from parablock.evals.harness import ParablockLM
 
@@ -64,7 +66,7 @@ def run_eval(
         model, batch_size=config.batch_size, dtype=dtype, compile=compile,
         **{name: getattr(settings, name) for name in DecodeConfig.__dataclass_fields__},
     )  # fmt: skip
-    chat = _chat(lm, config, model, console if first else None)
+    chat = _chat(lm, config, model, code, console if first else None)
     started = time.perf_counter()
     reports: dict[str, Any] = {}
     samples: list[Sample] = []
@@ -75,13 +77,12 @@ def run_eval(
             new = samples_of(found)
             reports |= task_reports(found, new, {task: speed(cost) for task, cost in costs.items()})
             samples += new
-    if code and lm.rank == 0:
-        from parablock.evals.code_tasks import run_code_tasks
+    for task in code if lm.rank == 0 else ():
+        from parablock.evals.code_tasks import run_code_task
 
-        for task in code:
-            report, new = run_code_tasks(lm, task, config, console)
-            reports[task] = report
-            samples += new
+        local = next(iter(files.get(task, {}).values()), None)
+        reports[task], new = run_code_task(lm, task, folder, console, file=local, limit=config.limit)
+        samples += new
     lm.barrier()
     if lm.rank != 0:
         return None
@@ -91,7 +92,7 @@ def run_eval(
     )  # fmt: skip
     _print(report, config, console)
     for file in write(folder, report, samples):
-        console.print(f"  {file}")
+        console.print(f"  {file}", soft_wrap=True)
     return report
 
 
@@ -105,7 +106,7 @@ def _code_tasks(config: EvalConfig, console: Console | None) -> list[str]:
             f"{' and '.join(asked)} run programs that the model writes; allow it (in a sandbox) with --run-code"
         )
     if console:
-        console.print("HumanEval and MBPP run programs that the model writes: left out without --run-code")
+        console.print("HumanEval and MBPP, which run programs that the model writes, are left out without --run-code")
     return []
 
 
@@ -122,20 +123,23 @@ def _by_shots(config: EvalConfig) -> list[tuple[int | None, list[str]]]:
     return list(shots.items())
 
 
-def _tasks(config: EvalConfig, names: Sequence[str], shots: int | None) -> tuple[Any, list[Any]]:
-    data = [item for item in config.data if not config.suite or item.partition("=")[0].partition(":")[0] in names]
+def _tasks(
+    config: EvalConfig, names: Sequence[str], shots: int | None, files: Mapping[str, Mapping[str, str]]
+) -> tuple[Any, list[Any]]:
+    own = {task: f for task, f in files.items() if task not in CODE_TASKS and (task in names or not config.suite)}
     return load_tasks(
-        names, seed=config.seed, limit=config.limit, num_fewshot=shots, data=data, include_path=config.include_path
+        names, seed=config.seed, limit=config.limit, num_fewshot=shots, files=own, include_path=config.include_path
     )
 
 
-def _chat(lm: "ParablockLM", config: EvalConfig, model: str, console: Console | None) -> bool:
+def _chat(lm: "ParablockLM", config: EvalConfig, model: str, code: Sequence[str], console: Console | None) -> bool:
     """Whether questions go through the chat template."""
     has = lm.tokenizer.chat_template is not None
-    if not has and (config.chat or config.system):
-        raise ValueError(f"{model} has no chat template; leave --chat and --system out, or use a checkpoint with one")
+    if not has and (config.chat or config.system or code):
+        asked = "humaneval and mbpp" if code else "--chat and --system"
+        raise ValueError(f"{model} has no chat template; leave {asked} out, or use a checkpoint with one")
     if not has and console:
-        console.print(f"{model} has no chat template: questions are put as they are")
+        console.print(f"{model} has no chat template: questions are put as they are", soft_wrap=True)
     return has if config.chat is None else config.chat
 
 
@@ -185,4 +189,4 @@ def _print(report: dict[str, Any], config: EvalConfig, console: Console) -> None
         if config.limit:
             console.print(f"only {config.limit} questions of each task: not the paper's benchmarks")
     if cut := report["cut_prompts"]:
-        console.print(f"[yellow]{cut} prompts were longer than the context: their beginnings were cut off")
+        console.print(f"{cut} prompts were longer than the context: their beginnings were cut off")

@@ -118,9 +118,9 @@ def run_compare(first: Path, second: Path, console: Console) -> list[Comparison]
     hashes = {_key(sample): sample.prompt_hash for sample in samples_a}
     changed = sum(hashes.get(_key(s), s.prompt_hash) != s.prompt_hash for s in samples_b)
     if changed:
-        console.print(f"[yellow]{changed} questions were put in other words (prompts differ)")
+        console.print(f"{changed} questions were put in other words (prompts differ)")
     for line in differences({k: report_a.get(k) for k in SHOWN}, {k: report_b.get(k) for k in SHOWN}):
-        console.print(f"  {line}")
+        console.print(f"  {line}", soft_wrap=True)
     return found
 
 

@@ -243,8 +243,8 @@ class ParablockLM(TemplateLM):  # type: ignore[misc]
             )
         new_tokens = min(self.config.max_new_tokens or settings["max_gen_toks"], self.max_length // 2)
         ids = self._cut(self.tok_encode(context), self.max_length - new_tokens)
-        special = {s: self.tokenizer.convert_tokens_to_ids(s) for s in settings["until"]}
-        special = {s: i for s, i in special.items() if i in self.tokenizer.all_special_ids}
+        special = {str(t): i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        special = {text: special[text] for text in settings["until"] if text in special}
         config = replace(
             self.config,
             max_new_tokens=new_tokens,

@@ -2,6 +2,7 @@
 question with its answer and scores.
 """
 
+import hashlib
 import json
 import math
 import subprocess
@@ -49,6 +50,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     mean, error = sum(values) / len(values), float(stats.sem(values))
     reach = error * float(stats.t.ppf(0.975, len(values) - 1))
     return mean - reach, mean + reach
+
+
+def simple_metric(values: Sequence[float]) -> dict[str, Any]:
+    """A metric that is the mean of its questions' scores."""
+    value = _mean(values)
+    variance = sum((v - value) ** 2 for v in values) / max(1, len(values) - 1)
+    return {"value": value, "stderr": math.sqrt(variance / len(values)), "interval": interval(values)}
+
+
+def question_hash(text: str) -> str:
+    """Tells whether two runs asked the same."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def samples_of(found: Mapping[str, Any]) -> list[Sample]:

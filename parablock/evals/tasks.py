@@ -1,16 +1,17 @@
 """Which tasks to run: names of the harness, the bundled task, local files in place of datasets."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from parablock.data.word_problems import read_answer, word_problem
+from parablock.evals.code import CODE_TASKS
 from parablock.evals.word_problems import MAX_NEW_TOKENS
 
 WORD_PROBLEMS = "word_problems"
 WORD_PROBLEM_COUNT = 1000
-CODE_TASKS = ("humaneval", "mbpp")  # through EvalPlus
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -50,30 +51,28 @@ def load_tasks(
     seed: int = 1,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    data: Sequence[str] = (),
+    files: Mapping[str, Mapping[str, str]] | None = None,
     include_path: str | None = None,
 ) -> tuple[Any, list[Any]]:
     """The harness's task manager, and the tasks and groups that `names` (patterns among them) stand for.
 
-    `data`: "task=file" or "task:split=file", a local JSONL, Parquet or CSV file in place of the task's dataset.
+    `files` (of `parse_data`): local JSONL, Parquet or CSV files in place of a task's dataset.
 
     Raises:
         ValueError: an unknown name (the nearest ones are told), a dataset that cannot be fetched, a file that is
             missing or of another kind.
     """
-    from lm_eval.tasks import TaskManager
-
-    files = _files(data)
+    left = dict(files or {})
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"there is no folder {include_path!r}; include_path holds task definitions (YAML)")
-    manager = TaskManager(include_path=include_path, include_defaults=set(names) != {WORD_PROBLEMS})
+    manager = _manager(include_path, set(names) != {WORD_PROBLEMS})
     specs: list[Any] = []
     for name in names:
         if name == WORD_PROBLEMS:
             specs.append(word_problems(seed, max(limit or 0, WORD_PROBLEM_COUNT)))
         elif found := manager.match_tasks([name]):
             specs += [
-                _with_files(manager, task, files.pop(task), num_fewshot) if task in files else task for task in found
+                _with_files(manager, task, left.pop(task), num_fewshot) if task in left else task for task in found
             ]
         elif Path(name).suffix == ".yaml" and Path(name).is_file():
             specs.append(name)
@@ -82,12 +81,12 @@ def load_tasks(
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists those of the harness"
             raise ValueError(f"there is no task {name!r}; {hint}")
-    if files:
-        raise ValueError(f"data names {', '.join(files)}, which is not among the tasks {', '.join(names)}")
+    if left:
+        raise ValueError(f"data names {', '.join(left)}, which is not among the tasks {', '.join(names)}")
     return manager, [item for spec in specs for item in _load(manager, spec)]
 
 
-def _files(data: Sequence[str]) -> dict[str, dict[str, str]]:
+def parse_data(data: Sequence[str]) -> dict[str, dict[str, str]]:
     """ "task:split=file" as {task: {split: file}}; "" stands for the split that is evaluated."""
     files: dict[str, dict[str, str]] = {}
     for item in data:
@@ -97,10 +96,16 @@ def _files(data: Sequence[str]) -> dict[str, dict[str, str]]:
             raise ValueError(f"data={item!r} is not understood; write task=file or task:split=file")
         if not Path(file).is_file():
             raise ValueError(f"data={item!r}: there is no file {file!r}")
-        if Path(file).suffix not in READERS:
-            raise ValueError(f"data={item!r}: files end with {', '.join(READERS)}")
         files.setdefault(task, {})[split] = file
     return files
+
+
+@cache
+def _manager(include_path: str | None, defaults: bool) -> Any:
+    """The harness's index of tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=defaults)
 
 
 def _config(manager: Any, name: str) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def _config(manager: Any, name: str) -> dict[str, Any]:
     return config
 
 
-def _with_files(manager: Any, name: str, files: dict[str, str], num_fewshot: int | None) -> dict[str, Any]:
+def _with_files(manager: Any, name: str, files: Mapping[str, str], num_fewshot: int | None) -> dict[str, Any]:
     """A task that reads local files."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -130,6 +135,9 @@ def _with_files(manager: Any, name: str, files: dict[str, str], num_fewshot: int
     splits = {split or evaluated: file for split, file in files.items()}
     if evaluated not in splits:
         raise ValueError(f"{name} asks the questions of its split {evaluated!r}; pass --data {name}={evaluated}.jsonl")
+    for file in splits.values():
+        if Path(file).suffix not in READERS:
+            raise ValueError(f"the data of {name} in {file}: only files that end with {', '.join(READERS)} can be read")
     task = {
         **load_yaml(manager.task_index[name].yaml_path, resolve_func=True, recursive=True),
         "tag": None,
