@@ -49,7 +49,7 @@ def training() -> dict[str, Any]:
         for variant in VARIANTS:
             run_variant(variant, seed)
         train_model(seed)
-    kept = ("variant", "seed", "steps", "diffusion", "autoregressive")
+    kept = ("variant", "seed", "steps", "commit", "diffusion", "autoregressive")
     runs = [json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))]
     return {"rows": summary(), "runs": [{name: run[name] for name in kept} for run in runs]}
 

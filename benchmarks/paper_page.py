@@ -127,7 +127,7 @@ paper:
 
 {chr(10).join(beyond)}
 
-All these runs are short: the adaptation first unlearns, and what a recipe does to a long run was not measured.
+Runs made at commit {", ".join(sorted({run["commit"] for run in part["runs"]}))}. All these runs are short: the adaptation first unlearns, and what a recipe does to a long run was not measured.
 """
 
 

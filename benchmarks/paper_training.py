@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, write_json
+from common import RESULTS, setting, write_json
 
 import parablock as pb
 from parablock.data.word_problems import EncodedProblems
@@ -67,6 +67,7 @@ def run_variant(variant: str, seed: int) -> None:
     seconds = time.perf_counter() - start
     problems = test_problems(1000 + seed, PROBLEMS)
     report: dict[str, Any] = {"variant": variant, "seed": seed, "steps": STEPS, "seconds": seconds, "losses": losses}
+    report["commit"] = setting("")["commit"]
     for mode in ("diffusion", "autoregressive"):
         score = evaluate(model, tokenizer, problems, pb.DecodeConfig(mode=mode, max_new_tokens=MAX_NEW_TOKENS))
         report[mode] = {"correct": score.correct, "problems": PROBLEMS, "tokens_per_forward": score.tokens_per_forward}
