@@ -10,6 +10,8 @@ WORKDIR /opt/parablock
 
 # torch first: it changes least
 COPY constraints.txt ./
+# it is pinned, behind the option
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch==2.13.0
 
 COPY pyproject.toml README.md LICENSE ./
@@ -18,7 +20,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt '.[serve]' \
     && useradd --create-home --uid 10001 parablock \
     && install -d -o parablock -g parablock "${HF_HOME}"
 
-USER parablock
+USER 10001
 WORKDIR /home/parablock
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=3s --start-period=120s --retries=3 \

@@ -138,8 +138,9 @@ def made_up(share: dict[str, float], repeats: int = 3, problems: int = 400) -> d
 
     base = {"setting": setting, "problems": problems, "repeats": repeats}
     runs = [
-        {"variant": v, "seed": seed, "steps": 200, **{m: {"correct": int(300 * share.get(v, 0.8)), "problems": 300}
-         for m in ("diffusion", "autoregressive")}}
+        {"variant": v, "seed": seed, "steps": 200, "commit": "abc",
+         **{m: {"correct": int(300 * share.get(v, 0.8)), "problems": 300}
+            for m in ("diffusion", "autoregressive")}}
         for v in ("naive", "+ padding", "+ complementary", "isolated", "clean first token", "AR loss 0.5")
         for seed in range(3)
     ]  # fmt: skip

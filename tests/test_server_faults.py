@@ -3,13 +3,16 @@
 import asyncio
 import json
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import httpx
 import openai
@@ -232,6 +235,68 @@ def test_a_log_that_cannot_be_written() -> None:
             assert process.wait(timeout=20) == 0
         finally:
             process.kill()
+
+
+def test_a_client_that_reads_slowly_loses_nothing_and_holds_nobody_up(server: Served) -> None:
+    asked = {**LONG, **LONG["extra_body"], "stream": True, "denoising": True}
+    body = json.dumps({name: value for name, value in asked.items() if name != "extra_body"})
+    address = urlparse(server.url)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s3cret\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(60)
+        slow.connect((address.hostname, address.port))
+        slow.sendall((head + body).encode())
+        received = slow.recv(100)
+        assert all(answers(server) for _ in range(3))  # the other row goes on
+        while piece := slow.recv(1000):
+            received += piece
+    events = re.findall(rb"^data: (\{.*\})\r?$", received, re.M)
+    steps = [event["denoising"] for event in map(json.loads, events) if event.get("denoising")]
+    assert len(steps) == LONG["max_tokens"]  # one token per forward
+    assert b"data: [DONE]" in received
+    server.wait_until_idle()
+
+
+def test_a_client_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parablock.server import delivery
+    from parablock.server.app import create_app
+    from parablock.server.served import ServedModel
+
+    monkeypatch.setattr(delivery, "READ_SECONDS", 0.1)
+    served = ServedModel("bundled", *pb.load("bundled"), pb.EngineConfig(max_rows=2))
+    app = create_app([served], ServeConfig(max_rows=2, deadline=0.5))
+    body = json.dumps({"prompt": "hello", "max_tokens": 300, "stream": True, "mode": "autoregressive"}).encode()
+    sent: list[str] = []
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"", "query_string": b"",
+        "headers": headers, "http_version": "1.1", "scheme": "http", "server": ("x", 80), "client": ("y", 1),
+    }  # fmt: skip
+
+    async def ask() -> None:
+        asked = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if asked.is_set():
+                await asyncio.Event().wait()  # it does not go away, either
+            asked.set()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if len(sent) > 2:
+                await asyncio.Event().wait()  # the connection is full
+
+        await app(scope, receive, send)
+
+    try:
+        asyncio.run(asyncio.wait_for(ask(), 60))
+        assert sent == ["http.response.start", "http.response.body", "http.response.body"]
+        assert served.open == 0
+    finally:
+        served.engine.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
