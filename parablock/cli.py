@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,18 +26,6 @@ ModelOption = Annotated[
 ]
 
 
-def _load(model: str, config: DecodeConfig) -> tuple[Any, Any]:
-    """A model to decode with as `config` says: block diffusion with one that was never adapted is refused."""
-    from parablock.checkpoints.load import NotAdaptedWarning, load
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error" if config.mode == "diffusion" else "ignore", NotAdaptedWarning)
-        try:
-            return load(model)
-        except NotAdaptedWarning as warning:
-            raise ValueError(str(warning).replace("mode='autoregressive'", "--mode autoregressive")) from None
-
-
 @app.command()
 @decode_options
 def generate(
@@ -55,10 +43,11 @@ def generate(
     assert text is not None
     if not text.strip():
         raise ValueError("the prompt is empty; pass it as an argument or on stdin")
+    from parablock.checkpoints.load import load_to_decode
     from parablock.data.chat import encode_prompt
     from parablock.decoding.generate import generate as decode
 
-    loaded, tokenizer = _load(model, config)
+    loaded, tokenizer = load_to_decode(model, config.mode)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(text)["input_ids"]
     else:
@@ -93,9 +82,9 @@ def chat(
     from rich.console import Console
 
     from parablock.app.terminal import chat as converse
-    from parablock.checkpoints.load import BUNDLED_MODELS
+    from parablock.checkpoints.load import BUNDLED_MODELS, load_to_decode
 
-    loaded, tokenizer = _load(model, config)
+    loaded, tokenizer = load_to_decode(model, config.mode)
     keep = model not in BUNDLED_MODELS if history is None else history
     converse(loaded, tokenizer, config, Console(highlight=False), history=keep)
 

@@ -198,6 +198,15 @@ def test_wrong_data_is_refused(data: list[str], says: str) -> None:
         load_tasks(["gsm8k"], files=parse_data(data))
 
 
+def test_unknown_tasks_and_data_that_cannot_be_fetched() -> None:
+    with pytest.raises(ValueError, match="no task 'gsm9k'; did you mean gsm8k"):
+        load_tasks(["gsm9k"])
+    with pytest.raises(ValueError, match=r"the data of gsm8k \(openai/gsm8k\) .*--data gsm8k=FILE.jsonl"):
+        load_tasks(["gsm8k"])
+    with pytest.raises(ValueError, match=r"the data of mmlu \(cais/mmlu\)"):
+        load_tasks(["mmlu"])
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -260,8 +269,6 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     pb.save(model, tokenizer, tmp_path / "plain")
     cases: list[tuple[list[object], str]] = [
         (["bundled"], "tasks=()"),
-        (["bundled", "--tasks", "gsm9k"], "did you mean gsm8k"),
-        (["bundled", "--tasks", "gsm8k"], "--data gsm8k=FILE.jsonl"),
         (["bundled", "--tasks", "word_problems", "--suite", "paper"], "tasks=('word_problems',)"),
         (["bundled", "--suite", "other"], "suite='other'"),
         (["bundled", "--tasks", "humaneval"], "--run-code"),
@@ -269,6 +276,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         (["bundled", "--tasks", "word_problems", "--threshold", "2"], "threshold=2.0"),
         ([tmp_path / "plain", "--tasks", "word_problems", "--chat"], "no chat template"),
         (["--compare", tmp_path, tmp_path], "holds no results.json"),
+        (["bundled-ar", "--tasks", "word_problems"], "Until it is adapted"),
         (["no/such/model", "--tasks", "word_problems"], "no/such/model"),
     ]
     started = [

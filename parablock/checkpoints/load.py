@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from parablock.checkpoints.checks import check_architecture, check_directory, check_loaded, read_json
 from parablock.checkpoints.mask_token import prepare
 from parablock.checkpoints.save import ADAPTER_FIELDS
-from parablock.config import Model, require_library
+from parablock.config import Mode, Model, require_library
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BUNDLED_MODELS = {"bundled": BUNDLED / "diffusion", "bundled-ar": BUNDLED / "ar"}
@@ -79,6 +79,20 @@ def load(
                 NotAdaptedWarning(f"{text}. Until it is adapted, decode with mode='autoregressive'"), stacklevel=2
             )
     return model.eval(), tokenizer
+
+
+def load_to_decode(path_or_id: str | Path, mode: Mode, **options: Any) -> tuple[Model, Any]:
+    """`load`, for decoding in `mode`.
+
+    Raises:
+        ValueError: as `load`, and for block diffusion with a model that was never adapted to it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if mode == "diffusion" else "ignore", NotAdaptedWarning)
+        try:
+            return load(path_or_id, **options)
+        except NotAdaptedWarning as warning:
+            raise ValueError(str(warning)) from None
 
 
 def _load_model(target: str, name: str, source: dict[str, Any], options: dict[str, Any]) -> tuple[Model, Any]:

@@ -58,6 +58,8 @@ def run_eval(
     disable_progress_bars()
     set_seed(config.seed)  # some tasks shuffle their choices while they are loaded
     files = parse_data(config.data)
+    if code and (unknown := [task for task in files if task not in (*code, *config.tasks)]) and not config.suite:
+        raise ValueError(f"data names {', '.join(unknown)}, which is not among the tasks {', '.join(config.tasks)}")
     jobs = [(shots, *_tasks(config, names, shots, files)) for shots, names in _by_shots(config)]
 
     from parablock.evals.harness import ParablockLM

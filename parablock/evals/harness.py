@@ -87,9 +87,9 @@ class ParablockLM(TemplateLM):  # type: ignore[misc]
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             device = self._join(device)
         if isinstance(pretrained, (str, Path)):
-            from parablock.checkpoints.load import load
+            from parablock.checkpoints.load import load_to_decode
 
-            pretrained, tokenizer = load(pretrained, device=device, dtype=dtype)
+            pretrained, tokenizer = load_to_decode(pretrained, config.mode, device=device, dtype=dtype)
         self.model: Model = pretrained
         self.tokenizer = tokenizer
         self.config = replace(
@@ -241,8 +241,10 @@ class ParablockLM(TemplateLM):  # type: ignore[misc]
             raise ValueError(
                 f"the task sets {', '.join(unknown)}, which parablock does not understand; remove it there"
             )
-        new_tokens = min(self.config.max_new_tokens or settings["max_gen_toks"], self.max_length // 2)
-        ids = self._cut(self.tok_encode(context), self.max_length - new_tokens)
+        ids = self.tok_encode(context)
+        room = max(self.max_length - len(ids), self.max_length // 2)  # what is too long leaves half of the context
+        new_tokens = min(self.config.max_new_tokens or settings["max_gen_toks"], room)
+        ids = self._cut(ids, self.max_length - new_tokens)
         special = {str(t): i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         special = {text: special[text] for text in settings["until"] if text in special}
         config = replace(

@@ -164,6 +164,10 @@ def _load(manager: Any, spec: Any) -> list[Any]:
     name = spec if isinstance(spec, str) else spec["task"]
     try:
         found = manager.load([spec])
+        if unsafe := [task for task, loaded in found["tasks"].items() if getattr(loaded, "UNSAFE_CODE", False)]:
+            raise ValueError(
+                f"{unsafe[0]} would run programs of the model without a sandbox; use {' or '.join(CODE_TASKS)} instead"
+            )
         return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
     except (OSError, DatasetsError, HfHubHTTPError, RuntimeError) as error:
         dataset = (spec if isinstance(spec, dict) else _config(manager, name)).get("dataset_path", "its dataset")
@@ -172,5 +176,7 @@ def _load(manager: Any, spec: Any) -> list[Any]:
             f"the data of {name} ({dataset}) could not be read ({reason}); fetch it where there is a network, "
             f"or pass a local file: --data {name}=FILE.jsonl"
         ) from error
-    except (ImportError, ModuleNotFoundError) as error:
-        raise ValueError(f"{name} needs {error.name}; install it with: pip install 'parablock[eval]'") from error
+    except ImportError as error:
+        raise ValueError(
+            f"{name} needs {error.name or error}; install it with: pip install 'parablock[eval]'"
+        ) from error
