@@ -26,6 +26,7 @@ from parablock.config import DecodeConfig, TrainConfig, require_library
 from parablock.data.chat import Sample, encode_prompt
 from parablock.data.word_problems import EncodedProblems, Problem
 from parablock.decoding.generate import stream
+from parablock.evals.files import write_text
 from parablock.evals.machine import machine
 from parablock.evals.word_problems import MAX_NEW_TOKENS, evaluate, test_problems
 
@@ -104,9 +105,7 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         "live": None if live is None else {"steps": live.steps, "seconds": live.seconds, "log": live.log},
         "seconds": time.perf_counter() - started,
     }
-    scratch = report_path.with_suffix(".part")
-    scratch.write_text(json.dumps(report, indent=2) + "\n")
-    scratch.replace(report_path)
+    write_text(report_path, json.dumps(report, indent=2) + "\n")
     _print_end(results, folder, report_path, config, console)
     return report
 

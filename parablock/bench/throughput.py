@@ -17,6 +17,7 @@ from typing import Any
 from parablock.bench.load import Measured, run_load
 from parablock.config import BenchConfig, DecodeConfig, EngineConfig, Mode
 from parablock.engine.engine import Engine
+from parablock.evals.files import write_text
 from parablock.evals.machine import machine
 
 
@@ -209,14 +210,9 @@ def write_report(folder: Path, content: dict[str, Any]) -> list[Path]:
     """`report.json`, `report.md` and the plots that the cases allow; returns what was written."""
     from parablock.bench.plots import plot_concurrency, plot_context
 
-    folder.mkdir(parents=True, exist_ok=True)
     rows = content["rows"]
     files = {"report.json": json.dumps(content, indent=1) + "\n", "report.md": markdown(rows)}
-    written = []
-    for name, text in files.items():
-        scratch = folder / f"{name}.part"
-        scratch.write_text(text)
-        written.append(scratch.replace(folder / name))
+    written = [write_text(folder / name, text) for name, text in files.items()]
     for name, key, plot in (
         ("concurrency.png", "concurrency", plot_concurrency), ("context.png", "prompt_tokens", plot_context)
     ):  # fmt: skip

@@ -8,6 +8,7 @@ from lm_eval.api.instance import Instance
 from rich.console import Console
 
 from parablock.evals import code
+from parablock.evals.files import write_text
 from parablock.evals.results import Sample, question_hash, simple_metric, speed
 
 if TYPE_CHECKING:
@@ -39,11 +40,7 @@ def run_code_task(
         problem.task_id: problem.beginning + code.cut_answer(problem, text)
         for problem, text in zip(asked, lm.generate_until(requests), strict=True)
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f"{task}-answers.json.part"
-    scratch.write_text(json.dumps(answers, indent=1), encoding="utf-8")
-    scratch.replace(folder / f"{task}-answers.json")
-
+    write_text(folder / f"{task}-answers.json", json.dumps(answers, indent=1) + "\n")
     console.print(f"running the programs of {len(answers)} answers in a sandbox")
     scores = code.score(task, answers, python, file=file)
     samples = [

@@ -14,6 +14,7 @@ from typing import Any
 
 from parablock import __version__
 from parablock.config import DecodeConfig, EvalConfig
+from parablock.evals.files import write_text
 from parablock.evals.machine import machine
 
 FORMAT = 1
@@ -163,14 +164,9 @@ def make_report(
 
 def write(folder: Path, report: Mapping[str, Any], samples: Sequence[Sample]) -> list[Path]:
     """Both files, each whole or not at all; figures last, so that they never stand without their samples."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(asdict(sample), ensure_ascii=False, default=str) for sample in samples)
     content = {SAMPLES: "".join(f"{line}\n" for line in lines), RESULTS: json.dumps(report, indent=2) + "\n"}
-    for name, text in content.items():
-        scratch = folder / f"{name}.part"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(folder / name)
-    return [folder / RESULTS, folder / SAMPLES]
+    return [write_text(folder / name, content[name]) for name in (SAMPLES, RESULTS)][::-1]
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
