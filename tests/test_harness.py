@@ -80,6 +80,13 @@ def test_the_harness_makes_it_by_name_and_ar_is_transformers_own() -> None:
         assert sample["resps"] == [[tokenizer.decode(out, skip_special_tokens=True)]]
 
 
+def test_wrong_settings_are_told_before_a_model_is_loaded() -> None:
+    with pytest.raises(ValueError, match="batch_size='auto'"):
+        ParablockLM("no/such/model", batch_size="auto")
+    with pytest.raises(ValueError, match="threshold=3"):
+        ParablockLM("no/such/model", threshold=3)
+
+
 def test_stop_strings_and_lengths(lm: ParablockLM) -> None:
     lm.costs.clear()
     whole = lm.generate_until(_instances("generate_until", [(_chat(lm, q), {"until": []}) for q in QUESTIONS]))

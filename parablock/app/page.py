@@ -179,10 +179,10 @@ def build(site: Site) -> gr.Blocks:
                 async for shown in answer(site, session, text, Settings(*values), race=race):
                     yield written(shown), *(busy if first else [gr.skip()] * 4)
                     first = False
-                assert shown is not None
-                yield written(shown), (text if text.strip() and shown["state"] == "failed" else gr.skip()), *free
             finally:
-                session.busy = False
+                session.busy = False  # before the buttons are free: whoever asks then is heard
+            assert shown is not None
+            yield written(shown), (text if text.strip() and shown["state"] == "failed" else gr.skip()), *free
 
         async def asked(session: Session, text: str, *values: Any) -> AsyncIterator[Any]:
             async for update in answering(session, text, values, race=False):

@@ -84,6 +84,8 @@ class ParablockLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         config = DecodeConfig(**decoding)  # wrong settings are told before anything is loaded
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size!r} is not understood; use a number of answers, at least 1")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             device = self._join(device)
         if isinstance(pretrained, (str, Path)):
