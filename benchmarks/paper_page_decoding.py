@@ -28,6 +28,7 @@ from paper_figures import (
     trained,
 )  # fmt: skip
 from paper_statistics import (
+    Estimate,
     above,
     estimate,
     paired,
@@ -95,7 +96,20 @@ def block_sizes_section(part: Part, pictures: Path) -> str:
     other = {size: right(part, f"block {size}", names) for size in GSM8K if size != 32}
     own = {size: right(part, f"sub-block {size}", names) for size in GSM8K}
     costs = {size: paired(own[size], other[size]) for size in other}
-    pooled = estimate([np.mean([own[s][i] - other[s][i] for s in other], axis=0) for i in range(len(names))], step=1.0)
+
+    def pooled_cost(who: list[str]) -> Estimate:
+        solved = {
+            key: right(part, f"{key[0]} {key[1]}", who) for key in itertools.product(("sub-block", "block"), other)
+        }
+        return estimate(
+            [
+                np.mean([solved["sub-block", s][i] - solved["block", s][i] for s in other], axis=0)
+                for i in range(len(who))
+            ],
+            step=1.0,
+        )
+
+    pooled = pooled_cost(names)
     apart = {size: paired(own[size], own[8]) for size in own if size != 8}
     eight = right(part, "block 16, sub-block 8", names)
     claims = [
@@ -109,6 +123,13 @@ def block_sizes_section(part: Part, pictures: Path) -> str:
               "+0.8 at 2, -0.2 at 4, -0.7 at 16, -1.8 at 32 on GSM8K"),
     ]  # fmt: skip
     columns = _columns(part)
+    for name in columns:
+        longer = pooled_cost([name])
+        claims.insert(
+            1,
+            claim(above(longer), "they cost the bundled model accuracy, which was trained longer",
+                  f"{points(longer, sign=True)} points", "as above"),
+        )  # fmt: skip
     body = [
         [str(size), percent(other[size]) if size in other else "as trained", percent(own[size]),
          points(costs[size], sign=True) if size in other else "",
