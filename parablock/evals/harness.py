@@ -29,6 +29,7 @@ from parablock.engine.request import Handle, Request
 from parablock.evals.likelihood import log_likelihood
 from parablock.server.text import AnswerText
 
+PAGE = 32
 DEFAULT_NEW_TOKENS = 256  # the harness's own, for tasks that do not say
 COUNTS = ("requests", "tokens", "forwards", "prompt_tokens", "cached_tokens")
 TIMES = ("seconds", "prefill_seconds")
@@ -188,7 +189,9 @@ class ParablockLM(TemplateLM):  # type: ignore[misc]
         """
         answers: dict[int, str] = {}
         settings = EngineConfig(
-            max_rows=min(self._rows, max(1, len(requests))), block_size=self.config.block_size, compile=self._compile
+            max_rows=min(self._rows, max(1, len(requests))),
+            block_size=self.config.block_size or PAGE,  # a plain AR model has none
+            compile=self._compile,
         )
         by_task = sorted(range(len(requests)), key=lambda i: requests[i].task_name or "")
         bar = tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self.rank != 0)
