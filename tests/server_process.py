@@ -32,7 +32,7 @@ class Served:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def _wait_for_url(self) -> str:
-        ends_at = time.monotonic() + 60
+        ends_at = time.monotonic() + 200
         while time.monotonic() < ends_at and self.process.poll() is None:
             if found := re.search(r"at (http://\S+)/v1", self.text()):
                 return found[1]
@@ -54,7 +54,7 @@ class Served:
                 total += float(named[2])
         return total
 
-    def wait_until_idle(self, seconds: float = 5) -> None:
+    def wait_until_idle(self, seconds: float = 30) -> None:
         ends_at = time.monotonic() + seconds
         names = ("parablock_running", "parablock_queue", "parablock_kv_pages_used")
         while any(left := [self.metric(name) for name in names]):

@@ -61,7 +61,7 @@ def address() -> Iterator[str]:
         yield _await_line(process, r"http://[\d.]+:\d+")
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -238,15 +238,15 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
             assert [_await_line(server, r'"outcome": "\w+"') for _ in range(2)] == ['"outcome": "cancelled"'] * 2
             page = open_page(address)
             server.kill()
-            server.wait(10)
+            server.wait(60)
             _ask(page, QUESTION)
             expect(page.locator(".pb-lane .pb-alert")).to_contain_text("is gone")
         finally:
             app.terminate()
-            app.wait(20)
+            app.wait(60)
     finally:
         server.kill()
-        server.wait(10)
+        server.wait(60)
 
 
 def test_wrong_options_are_one_line() -> None:
@@ -259,7 +259,7 @@ def test_wrong_options_are_one_line() -> None:
             (["no/such/model", "--port", str(_free_port())], "no/such/model"),
         ]
         started = [_start("app", *args) for args, _ in cases]
-        told = [process.communicate(timeout=60)[0] for process in started]
+        told = [process.communicate(timeout=200)[0] for process in started]
     for (_, says), process, output in zip(cases, started, told, strict=True):
         assert process.returncode == 2
         assert len(output.splitlines()) == 1, output

@@ -182,7 +182,7 @@ def test_a_deadline_and_a_port_that_is_taken(tmp_path: Path) -> None:
         assert (taken.returncode, len(taken.stderr.splitlines())) == (2, 1)
         assert "--port" in taken.stderr
         served.process.send_signal(signal.SIGTERM)  # nothing is running
-        assert served.process.wait(timeout=20) == 0
+        assert served.process.wait(timeout=60) == 0
 
 
 def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
         assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
         chunks += stream
         assert chunks[-1].choices[0].finish_reason == "length"
-        assert served.process.wait(timeout=20) == 0
+        assert served.process.wait(timeout=60) == 0
     assert "Traceback" not in served.text()
 
 
@@ -221,7 +221,7 @@ def test_a_log_that_cannot_be_written() -> None:
     command = [sys.executable, "-m", "parablock", "serve", "--port", str(port)]
     with open("/dev/full", "wb") as full, subprocess.Popen(command, stderr=full) as process:
         try:
-            ends_at = time.monotonic() + 60
+            ends_at = time.monotonic() + 200
             while process.poll() is None and time.monotonic() < ends_at:
                 try:
                     assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
@@ -232,7 +232,7 @@ def test_a_log_that_cannot_be_written() -> None:
             for _ in range(3):
                 assert client.chat.completions.create(**ASK).choices[0].message.content
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=20) == 0
+            assert process.wait(timeout=60) == 0
         finally:
             process.kill()
 
