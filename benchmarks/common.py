@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from parablock.evals.files import write_text
 from parablock.evals.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -18,10 +19,7 @@ def setting(command: str) -> dict[str, Any]:
 
 def write_json(file: Path, report: Any, indent: int | None = None) -> None:
     """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".part")
-    scratch.write_text(json.dumps(report, indent=indent) + "\n")
-    scratch.replace(file)
+    write_text(file, json.dumps(report, indent=indent) + "\n")
 
 
 def write(name: str, report: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ from paper_page import page
 from paper_staleness import staleness
 from paper_training import FOLDER, VARIANTS, run_variant, summary, train_model
 
+from parablock.evals.files import write_text
+
 DOCUMENT = PICTURES.parent / "results.md"
 SEEDS = (0, 1, 2)
 DECODING: dict[str, Callable[..., dict[str, Any]]] = {
@@ -61,10 +63,7 @@ def documents() -> None:
     measured = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
     if not measured:
         sys.exit("nothing has been measured yet; run some of " + ", ".join(PARTS))
-    scratch = DOCUMENT.with_suffix(".part")
-    scratch.write_text(page(measured, PICTURES))
-    scratch.replace(DOCUMENT)
-    print(DOCUMENT)
+    print(write_text(DOCUMENT, page(measured, PICTURES)))
 
 
 def main() -> None:

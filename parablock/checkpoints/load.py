@@ -92,7 +92,7 @@ def load_to_decode(path_or_id: str | Path, mode: Mode, **options: Any) -> tuple[
         try:
             return load(path_or_id, **options)
         except NotAdaptedWarning as warning:
-            raise ValueError(str(warning)) from None
+            raise ValueError(f"{warning} (--mode autoregressive)") from None
 
 
 def _load_model(target: str, name: str, source: dict[str, Any], options: dict[str, Any]) -> tuple[Model, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from parablock.config import DecodeConfig, EvalConfig, require_library
+from parablock.config import DecodeConfig, EvalConfig
 from parablock.evals import paper
 from parablock.evals.code import CODE_TASKS
 from parablock.evals.results import SAMPLES, Sample, make_report, samples_of, speed, task_reports, write
@@ -43,7 +43,6 @@ def run_eval(
         ValueError: unknown tasks, data that cannot be read, a checkpoint or settings that cannot work, a folder that
             holds an evaluation already, programs to be run that were not allowed.
     """
-    require_library("lm_eval", "eval")
     first = os.environ.get("RANK", "0") == "0"
     code = _code_tasks(config, console if first else None)
     folder = folder or Path("parablock-eval") / f"{Path(model).name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -85,7 +86,7 @@ def compare(first: Sequence[Sample], second: Sequence[Sample]) -> list[Compariso
         binary = set(a) | set(b) <= {0, 1}
         found.append(
             Comparison(
-                task, metric, len(scores), (_mean(a), *interval(a)), (_mean(b), *interval(b)), _mean(b) - _mean(a),
+                task, metric, len(scores), (fmean(a), *interval(a)), (fmean(b), *interval(b)), fmean(b) - fmean(a),
                 low, high, p, sum(x > y for x, y in scores) if binary else None,
                 sum(y > x for x, y in scores) if binary else None,
             )
@@ -145,10 +146,6 @@ def _print_speeds(a: dict[str, Any], b: dict[str, Any], console: Console) -> Non
 
 def _key(sample: Sample) -> tuple[str, str, int, str]:
     return sample.task, sample.filter, sample.number, sample.question_hash
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _with_interval(value: float, low: float, high: float) -> str:

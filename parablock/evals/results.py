@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from parablock import __version__
@@ -48,14 +49,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return float(found.low), float(found.high)
     if len(values) < 2:
         return -math.inf, math.inf
-    mean, error = sum(values) / len(values), float(stats.sem(values))
+    mean, error = fmean(values), float(stats.sem(values))
     reach = error * float(stats.t.ppf(0.975, len(values) - 1))
     return mean - reach, mean + reach
 
 
 def simple_metric(values: Sequence[float]) -> dict[str, Any]:
     """A metric that is the mean of its questions' scores."""
-    value = _mean(values)
+    value = fmean(values)
     variance = sum((v - value) ** 2 for v in values) / max(1, len(values) - 1)
     return {"value": value, "stderr": math.sqrt(variance / len(values)), "interval": interval(values)}
 
@@ -109,7 +110,7 @@ def task_reports(found: Mapping[str, Any], samples: Sequence[Sample], speeds: Ma
             metric, _, kind = name.partition(",")
             error = figures.get(f"{metric}_stderr,{kind}")
             metrics[name] = {"value": value, "stderr": error if isinstance(error, (int, float)) else None}
-            if (task, name) in values and math.isclose(value, _mean(values[task, name]), abs_tol=1e-9):
+            if (task, name) in values and math.isclose(value, fmean(values[task, name]), abs_tol=1e-9):
                 metrics[name]["interval"] = interval(values[task, name])
         reports[task] = {
             "metrics": metrics,
@@ -189,10 +190,6 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     if known != FORMAT:
         raise ValueError(f"{str(folder)!r} has format {known!r}, and this parablock reads {FORMAT}; run it again")
     return report, samples
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _commit() -> str | None:

@@ -6,13 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from parablock.data import sources
 from parablock.data.word_problems import read_answer, word_problem
 from parablock.evals.code import CODE_TASKS
 from parablock.evals.word_problems import MAX_NEW_TOKENS
 
 WORD_PROBLEMS = "word_problems"
 WORD_PROBLEM_COUNT = 1000
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READERS = sources.READERS | {".csv": "csv"}
 
 
 def word_problems(seed: int = 1, count: int = WORD_PROBLEM_COUNT) -> dict[str, Any]:
