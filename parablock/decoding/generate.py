@@ -1,21 +1,26 @@
-"""`generate` and `stream`: check the request against the model, run the loop of the chosen mode, gather the tokens."""
+"""`generate` and `stream`: check the request against the model, decode all rows together, gather the tokens."""
 
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.config import DecodeConfig, Model
-from parablock.decoding.autoregressive import decode_autoregressive
-from parablock.decoding.blocks import decode_blocks
-from parablock.decoding.steps import Limits, Step
+from parablock.decoding.config import DecodeConfig
+from parablock.decoding.decoder import Window, begin, next_work, window
+from parablock.decoding.dense import Dense
+from parablock.decoding.proposals import propose_tokens
+from parablock.decoding.rows import Rows
+from parablock.decoding.work import Settled, prefill, settle
 from parablock.diffusion.support import require_full_attention, require_open_attention
+from parablock.settings import Model
 
 DEFAULT_NEW_TOKENS = 512
+DEFAULT_BLOCK_SIZE = 32  # of what is shown, where neither the model nor the caller names one
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
@@ -50,6 +55,26 @@ class GenerateOutput:
         return self.new_tokens / self.seconds
 
 
+@dataclass(frozen=True)
+class Step(Window):
+    """One forward, as a caller sees it.
+
+    `start [R]`: where the shown blocks begin (absolute position). `ids [R, D]` and `masked [R, D]`: their tokens, and
+    which are still unknown. `revealed [R, D]`: what this step revealed; `confidence [R, D]`: with which confidence (nan
+    elsewhere). `new_tokens [R]`: how many response tokens each row has so far without a gap; `decode_forwards [R]`: in
+    how many forwards it took part, prefill excluded; `done [R]`: finished rows.
+    """
+
+    new_tokens: np.ndarray
+    decode_forwards: np.ndarray
+    done: np.ndarray
+    _rows: Rows = field(repr=False)
+
+    def tokens(self, row: int = 0) -> list[int]:
+        """The response of a row so far, up to its first masked position."""
+        return self._rows.tokens(row)[: int(self.new_tokens[row])]
+
+
 def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> GenerateOutput:
     """Decode one or many prompts to the end.
 
@@ -63,28 +88,52 @@ def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = Non
         ValueError: an empty prompt, one that does not fit the model's context, or settings the model cannot serve.
     """
     started = time.perf_counter()
-    for forwards, step in enumerate(stream(model, input_ids, config), start=1):
-        last = forwards, step
-    forwards, step = last
+    prompts = as_rows(input_ids)
+    rows, steps = _decode(model, prompts, resolve(model, prompts, config or DecodeConfig()))
+    forwards = sum(1 for _ in steps)
     return GenerateOutput(
-        tokens=[step.tokens(row) for row in range(len(step.done))],
+        tokens=[rows.tokens(row) for row in range(len(prompts))],
         forwards=forwards,
-        decode_forwards=step.decode_forwards.tolist(),
+        decode_forwards=rows.forwards_R.tolist(),
         seconds=time.perf_counter() - started,
     )
 
 
 def stream(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> Iterator[Step]:
     """Decode like `generate`, but yield every forward as a `Step` (for live display). Errors are raised at once."""
-    config = config or DecodeConfig()
     prompts = as_rows(input_ids)
-    config = resolve(model, prompts, config)
+    rows, steps = _decode(model, prompts, resolve(model, prompts, config or DecodeConfig()))
+    return (_step(rows, settled) for settled in steps)
+
+
+def _step(rows: Rows, settled: Settled) -> Step:
+    shown = window(rows, settled, np.arange(len(rows.active_R)))
+    return Step(**vars(shown), new_tokens=rows.length_R.copy(), decode_forwards=rows.forwards_R.copy(),
+                done=~rows.active_R, _rows=rows)  # fmt: skip
+
+
+def _decode(model: Model, prompts: list[list[int]], config: DecodeConfig) -> tuple[Rows, Iterator[Settled]]:
+    """All prompts in one batch, `config` with nothing left open: their rows, and what every forward settles."""
     assert config.max_new_tokens is not None
-    limits = Limits(config.max_new_tokens, config.stop_token_ids or ())
-    seed = int(torch.randint(2**31, ()).item()) if config.seed is None else config.seed
-    if config.mode == "diffusion":
-        return decode_blocks(model, prompts, config, limits, seed)
-    return decode_autoregressive(model, prompts, config, limits, seed)
+    D = config.block_size or DEFAULT_BLOCK_SIZE
+    capacity = -(-(max(map(len, prompts)) + config.max_new_tokens) // D) * D
+    rows = Rows(len(prompts), capacity, D)
+    for row, prompt in enumerate(prompts):
+        begin(rows, row, prompt, config, sample=row)
+    return rows, _forwards(Dense(model, len(prompts), capacity), rows)
+
+
+@torch.inference_mode()
+def _forwards(executor: Dense, rows: Rows) -> Iterator[Settled]:
+    prefilled = (rows.prefill_R > 0).nonzero()[0]
+    works = [prefill(rows, prefilled, rows.prefill_R[prefilled])] if len(prefilled) else []
+    while rows.active_R.any():
+        works = works or next_work(rows, rows.active_R.nonzero()[0])
+        logits_mV = executor.run(rows, works[0])  # one config, so one mode
+        settled = settle(rows, works, *propose_tokens(logits_mV, rows, works))
+        rows.active_R[settled.rows_K[settled.done_K]] = False
+        works = []
+        yield settled
 
 
 def as_rows(input_ids: Prompts) -> list[list[int]]:
@@ -111,7 +160,10 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
     mask_token_id = config.mask_token_id
     if mask_token_id is None:
         mask_token_id = getattr(own, "mask_token_id", None)
-    if config.mode == "diffusion":
+    mode = config.mode
+    if mode is None:
+        mode = "autoregressive" if block_size is None or mask_token_id is None else "diffusion"
+    if mode == "diffusion":
         if mask_token_id is None:
             raise ValueError(
                 "the checkpoint names no mask token; set mask_token_id in its config, pass "
@@ -144,8 +196,9 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
         eos = own.eos_token_id if eos is None else eos
         stops = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     return replace(
-        config, max_new_tokens=max_new_tokens, block_size=block_size, mask_token_id=mask_token_id, stop_token_ids=stops
-    )
+        config, mode=mode, max_new_tokens=max_new_tokens, block_size=block_size, mask_token_id=mask_token_id,
+        stop_token_ids=stops, seed=int(torch.randint(2**31, ()).item()) if config.seed is None else config.seed,
+    )  # fmt: skip
 
 
 def warn_of_block_size(own: int, asked: int | None) -> None:

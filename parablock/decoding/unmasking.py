@@ -4,10 +4,11 @@ Shapes: R rows, S positions of the current sub-block, V vocabulary. A setting is
 over the rows when each has its own.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.config import Strategy
+from parablock.decoding.config import Strategy
 
 
 def propose(
@@ -45,36 +46,39 @@ def propose(
 
 
 def reveal(
-    confidence_RS: Tensor,
-    candidates_RS: Tensor,
+    confidence_RS: np.ndarray,
+    candidates_RS: np.ndarray,
     strategy: Strategy,
     *,
-    threshold: float | Tensor = 0.9,
-    factor: float | Tensor = 1.0,
-    tokens_per_step: int | Tensor = 1,
-) -> Tensor:
+    threshold: float | np.ndarray = 0.9,
+    factor: float | np.ndarray = 1.0,
+    tokens_per_step: int | np.ndarray = 1,
+) -> np.ndarray:
     """Which of the masked positions `candidates_RS` (bool) to reveal: at least one in every row that has any.
 
     - threshold: all whose confidence is above `threshold`, and the most confident one (Fast-dLLM, algorithm 1);
     - factor: the largest n with (n + 1)(1 - c_n) < factor, c sorted in descending order (Fast-dLLM, section 3.3);
     - fixed: the `tokens_per_step` most confident.
 
-    Settings that are tensors broadcast to `[R, S]`.
+    Settings that are arrays broadcast to `[R, S]`.
     """
-    confidence = confidence_RS.masked_fill(~candidates_RS, -1.0)
+    confidence = np.where(candidates_RS, confidence_RS, np.float32(-1))
     if strategy == "threshold":
-        best = confidence.argmax(-1, keepdim=True)
-        chosen = (confidence > threshold).scatter_(-1, best, True)
+        chosen: np.ndarray = confidence > threshold
+        chosen[np.arange(len(chosen)), confidence.argmax(-1)] = True
         return chosen & candidates_RS
-    ordered, order = confidence.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device)  # n
+    order = np.argsort(-confidence, axis=-1, kind="stable")
+    rank = np.arange(1, confidence.shape[-1] + 1)  # n
     if strategy == "factor":
+        ordered = np.take_along_axis(confidence, order, -1)
         allowed = ((rank + 1) * (1 - ordered) < factor) & (ordered >= 0)
-        count: int | Tensor = (allowed * rank).amax(-1, keepdim=True).clamp_(min=1)
+        count: int | np.ndarray = (allowed * rank).max(-1, keepdims=True).clip(min=1)
     else:
         count = tokens_per_step
-    taken = (rank <= count).expand_as(candidates_RS)
-    return torch.zeros_like(candidates_RS).scatter_(-1, order, taken) & candidates_RS
+    taken = np.broadcast_to(rank <= count, candidates_RS.shape)
+    chosen = np.zeros_like(candidates_RS)
+    np.put_along_axis(chosen, order, taken, -1)
+    return chosen & candidates_RS
 
 
 def uniform(seed: int | Tensor, row_R1: Tensor, position_RS: Tensor, draw_R1: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The K/V memory in pages of one block: who holds which, and which finished blocks a new prompt may reuse.
 
-A request reserves every page it can ever need when it is admitted, so a running one never waits for memory. Page 0
-belongs to nobody: padding reads and writes there. A page with the K/V of a known beginning (its tokens and all before
-them) can be shared; once nobody holds it, it is kept until its memory is needed, the longest idle first.
+Page 0 belongs to nobody: padding reads and writes there. A page with the K/V of a known beginning (its tokens and all
+before them) can be shared; once nobody holds it, it is kept until its memory is needed, the longest idle first.
 """
 
 from collections import OrderedDict
@@ -60,11 +59,14 @@ class PagePool:
             node = found.number
         return pages
 
-    def reserve(self, matched: Sequence[int], pages: int) -> list[int] | None:
-        """`pages` pages for a request that begins with the `matched` ones; None when there is not enough memory."""
+    def reserve(self, matched: Sequence[int], pages: int, spare: int = 0, after: int = 0) -> list[int] | None:
+        """`pages` pages that begin with the `matched` ones; None if fewer than those and `spare` more are left.
+
+        Best are pages that stand side by side, behind `after` or the matched ones.
+        """
         fresh = pages - len(matched)
         idle_matched = sum(self.holders[page] == 0 for page in matched)
-        if self.pages - self.held - idle_matched < fresh:
+        if self.pages - self.held - idle_matched < fresh + spare:
             return None
         for page in matched:
             self.holders[page] += 1
@@ -76,7 +78,7 @@ class PagePool:
             oldest, _ = self._idle.popitem(last=False)
             self._forget(oldest)
             free = np.append(free, oldest)
-        taken = self._neighbours(np.sort(free), fresh, after=matched[-1] if matched else 0)
+        taken = self._neighbours(np.sort(free), fresh, after=matched[-1] if matched else after)
         self.holders[taken] += 1
         return [*matched, *taken.tolist()]
 

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from parablock.decoding.unmasking import propose, uniform
-from parablock.engine.rows import EngineRows
-from parablock.engine.schedule import Plan
+from parablock.decoding.rows import Rows
+from parablock.decoding.work import Work, join
 
 
-def propose_tokens(logits_MV: Tensor, rows: EngineRows, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and confidences on the host; the mask token is never among them."""
-    if not len(plan.owner_M):
+def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and confidences `[M]` on the host, for the predictions of all works; the mask token is never among them."""
+    row_M = join([work.row_m for work in works])
+    if not len(row_M):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
     device = logits_MV.device
-    row_M = plan.rows_K[plan.owner_M]
     mask_token_M = rows.mask_token_R[row_M]
     if (mask_token_M == mask_token_M[0]).all():
         if mask_token_M[0] >= 0:
@@ -30,7 +30,8 @@ def propose_tokens(logits_MV: Tensor, rows: EngineRows, plan: Plan) -> tuple[np.
     if len(sampled) < len(row_M):
         tokens, confidence = propose(logits_MV, None)
     if len(sampled):
-        drawn = _sample(logits_MV, rows, row_M[sampled], plan.target_M[sampled], sampled)
+        target_M, draw_M = join([work.target_m for work in works]), join([work.draw_m for work in works])
+        drawn = _sample(logits_MV, rows, row_M[sampled], target_M[sampled], draw_M[sampled], sampled)
         if len(sampled) == len(row_M):
             tokens, confidence = drawn
         else:
@@ -43,13 +44,10 @@ def propose_tokens(logits_MV: Tensor, rows: EngineRows, plan: Plan) -> tuple[np.
 
 
 def _sample(
-    logits_MV: Tensor, rows: EngineRows, row_m: np.ndarray, target_m: np.ndarray, which_m: np.ndarray
+    logits_MV: Tensor, rows: Rows, row_m: np.ndarray, target_m: np.ndarray, draw_m: np.ndarray, which_m: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Samples for some predictions, each with its row's settings and random numbers."""
     device = logits_MV.device
-    # an autoregressive row's first token comes from its prefill, as draw 0
-    decoding_m = rows.start_R[row_m] >= rows.prefill_R[row_m]
-    draw_m = rows.forwards_R[row_m] + (rows.autoregressive_R[row_m] & decoding_m)
     whole = np.stack([rows.seed_R[row_m], rows.sample_R[row_m], target_m, draw_m, rows.top_k_R[row_m], which_m])
     seed, sample, target, draw, top_k, which = torch.from_numpy(whole).to(device)
     real = np.stack([rows.temperature_R[row_m], rows.top_p_R[row_m]])

@@ -1,0 +1,76 @@
+"""One decoder for all modes: how a request begins, what its row runs next, what a caller sees of it.
+
+Whoever decodes, `generate` for a batch or the engine for whoever comes, does the same: `begin` a request, then in turns
+run the works (`work.prefill` until a row's known tokens have their K/V, then `next_work`), let `proposals` name tokens,
+and `work.settle` what became known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from parablock.decoding.config import DecodeConfig
+from parablock.decoding.modes import autoregressive, block_diffusion
+from parablock.decoding.rows import Rows
+from parablock.decoding.work import Settled, Work
+
+
+class Mode(Protocol):
+    """What a file in `modes/` holds."""
+
+    CAUSAL: bool  # how clean tokens attend: causally, or with their whole block in sight
+
+    def next_work(self, rows: Rows, which: np.ndarray) -> Work:
+        """The next piece of work of each of these rows."""
+
+
+MODES: dict[str, Mode] = {"diffusion": block_diffusion, "autoregressive": autoregressive}
+NUMBERS = {name: number for number, name in enumerate(MODES)}
+
+
+def begin(rows: Rows, row: int, prompt: Sequence[int] | np.ndarray, config: DecodeConfig, sample: int = 0) -> None:
+    """A request begins in `row` (see `Rows.begin`)."""
+    assert config.mode is not None
+    grain = 1 if MODES[config.mode].CAUSAL else rows.block_size
+    rows.begin(row, prompt, config, sample, NUMBERS[config.mode], grain)
+
+
+def next_work(rows: Rows, which: np.ndarray) -> list[Work]:
+    """What the rows `which` run next, their prefill done: one `Work` for every mode among them."""
+    mode_n = rows.mode_R[which]
+    works = []
+    for number, mode in enumerate(MODES.values()):
+        mine = which[mode_n == number]
+        if len(mine):
+            works.append(mode.next_work(rows, mine))
+    return works
+
+
+@dataclass(frozen=True)
+class Window:
+    """The blocks that some rows are decoding, after a step: `start [n]`, the others `[n, D]`; see `Step`."""
+
+    start: np.ndarray
+    ids: np.ndarray
+    masked: np.ndarray
+    revealed: np.ndarray
+    confidence: np.ndarray
+
+
+def window(rows: Rows, settled: Settled, which: np.ndarray) -> Window:
+    """What the step that `settled` tells of did to the active blocks of the rows `which`."""
+    D = rows.block_size
+    start_n = rows.start_R[which] // D * D
+    position_nD = np.minimum(start_n[:, None] + np.arange(D), rows.ids_RC.shape[1] - 1)
+    confidence_nD = np.full(position_nD.shape, np.nan, dtype=np.float32)
+    index_R = np.full(len(rows.active_R), -1)
+    index_R[which] = np.arange(len(which))
+    shown_M = settled.chosen_M & (index_R[settled.row_M] >= 0)
+    n = index_R[settled.row_M[shown_M]]
+    confidence_nD[n, settled.target_M[shown_M] - start_n[n]] = settled.confidence_M[shown_M]
+    return Window(
+        start_n, rows.ids_RC[which[:, None], position_nD], rows.masked_RC[which[:, None], position_nD],
+        ~np.isnan(confidence_nD), confidence_nD,
+    )  # fmt: skip

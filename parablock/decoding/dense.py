@@ -1,0 +1,92 @@
+"""Runs work on any stock model as it is, over one `BlockCache`: all rows in one padded forward.
+
+Shapes: R rows, Q the width of the widest piece, V vocabulary, m predictions.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parablock.decoding.cache import BlockCache
+from parablock.decoding.rows import Rows
+from parablock.decoding.work import Work
+from parablock.settings import Model
+
+
+class Dense:
+    """A model, and the K/V of a batch of rows."""
+
+    def __init__(self, model: Model, rows: int, capacity: int) -> None:
+        self.model = model
+        self.cache = BlockCache(rows, capacity)
+
+    def run(self, rows: Rows, work: Work) -> Tensor:
+        """One forward; returns the logits `[m, V]` of the wanted predictions.
+
+        A row that takes part in a wider forward than it needs repeats its last query, and only its own slots of the
+        cache are written. So its tokens do not depend on its neighbours.
+        """
+        first_R1, width_R1, grain_R1 = self._columns(work)
+        span_Q = np.arange(int(width_R1.max()))
+        position_RQ = first_R1 + np.minimum(span_Q, np.maximum(width_R1 - 1, 0))
+        slot_RQ = np.where(span_Q < width_R1, position_RQ, self.cache.capacity)
+        # rows that begin alike see alike, so one mask serves all; what a repeated query sees does not matter
+        seen_RQ = first_R1 + span_Q if (first_R1 == first_R1[0]).all() else position_RQ
+        limit_RQ = (seen_RQ // grain_R1 + 1) * grain_R1
+        keep, index_m = np.unique(work.query_m, return_inverse=True)
+        if not len(keep):  # the head needs something to run on
+            keep = np.zeros(1, dtype=np.int64)
+        ids_RQ = rows.ids_RC[np.arange(len(position_RQ))[:, None], position_RQ]
+        logits_RKV = self._forward(ids_RQ, position_RQ, slot_RQ, limit_RQ, keep)
+        if len(logits_RKV) == 1 and len(keep) == len(index_m):  # one row asks for these and in this order
+            return logits_RKV[0]
+        row, index = torch.from_numpy(np.stack([work.row_m, index_m])).to(logits_RKV.device)
+        return logits_RKV[row, index]
+
+    def _columns(self, work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First position, width and grain of every row, `[R, 1]`; rows without work run one query, to no effect."""
+        columns = work.first_n, work.width_n, work.grain_n
+        R = self.cache.rows
+        if len(work.rows_n) < R:
+            everywhere = tuple(np.zeros(R, dtype=np.int64) for _ in columns)
+            for all_R, some_n in zip(everywhere, columns, strict=True):
+                all_R[work.rows_n] = some_n
+            everywhere[2][everywhere[2] == 0] = columns[2][0]
+            columns = everywhere
+        return tuple(column[:, None] for column in columns)  # type: ignore[return-value]
+
+    def _forward(
+        self, ids_RQ: np.ndarray, position_RQ: np.ndarray, slot_RQ: np.ndarray, limit_RQ: np.ndarray, keep: np.ndarray
+    ) -> Tensor:
+        """Logits `[R, len(keep), V]`: query q of row r attends to the first `limit_RQ[r, q]` slots of the cache."""
+        model, device = self.model, self.model.device
+        visible = min(int(limit_RQ.max()), self.cache.capacity)
+        self.cache.place(slot_RQ, visible, device)
+        mask = None
+        if (limit_RQ < visible).any() or model.config._attn_implementation == "eager":
+            mask = self._mask(limit_RQ, visible)
+        logits: Tensor = model(
+            input_ids=torch.from_numpy(ids_RQ).to(device),
+            position_ids=torch.from_numpy(position_RQ).to(device),
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            is_causal=False,  # without a mask: attend to everything the cache shows
+            logits_to_keep=torch.from_numpy(keep).to(device),
+        ).logits
+        return logits
+
+    def _mask(self, limit_RQ: np.ndarray, visible: int) -> Tensor:
+        """`[1 or R, 1, Q, visible]`, as the model's attention reads it."""
+        model = self.model
+        queries = limit_RQ.shape[1]
+        if (limit_RQ == limit_RQ[0]).all():
+            limit_RQ = limit_RQ[:1]
+        if (limit_RQ == limit_RQ[:, :1]).all():
+            limit_RQ = limit_RQ[:, :1]
+        limit = torch.from_numpy(limit_RQ).to(model.device)[:, None, :, None]
+        mask = (torch.arange(visible, device=model.device) < limit).expand(-1, -1, queries, -1)
+        if model.config._attn_implementation == "eager":  # reads a bool mask as zeros and ones
+            lowest = torch.finfo(model.dtype).min
+            return torch.zeros(mask.shape, dtype=model.dtype, device=model.device).masked_fill_(~mask, lowest)
+        return mask

@@ -1,0 +1,152 @@
+"""The state of all running requests, one array entry per row: no step loops over rows in Python.
+
+Shapes: R rows, C capacity in tokens, n some of the rows, m some positions of them, D block size, K stop tokens.
+"""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+
+from parablock.decoding.config import DecodeConfig, Strategy
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+FAR = np.iinfo(np.int64).max - 1
+
+
+class Rows:
+    """A row is free, or runs one request: `active_R`. Positions count from the prompt's first token.
+
+    A position of `ids_RC` that is `masked_RC` holds the mask token; `masked_RC` alone says what is masked (a prompt may
+    hold mask tokens, too).
+    """
+
+    def __init__(self, rows: int, capacity: int, block_size: int) -> None:
+        self.block_size = block_size
+        whole, real, flag = np.int64, np.float32, bool
+        self.ids_RC = np.zeros((rows, capacity), dtype=whole)
+        self.masked_RC = np.zeros((rows, capacity), dtype=flag)
+        self.active_R = np.zeros(rows, dtype=flag)
+        self.order_R = np.zeros(rows, dtype=whole)  # of admission
+        self.mode_R = np.zeros(rows, dtype=whole)  # its number among the modes
+        # a query sees its row up to the end of its grain: its whole block, or (grain 1, causal) itself
+        self.grain_R = np.ones(rows, dtype=whole)
+        self.prompt_R = np.zeros(rows, dtype=whole)
+        self.end_R = np.zeros(rows, dtype=whole)  # prompt + max_new_tokens
+        self.prefill_R = np.zeros(rows, dtype=whole)  # how many known tokens are prefilled before decoding begins
+        self.start_R = np.zeros(rows, dtype=whole)  # the first position without final K/V
+        self.written_R = np.zeros(rows, dtype=flag)  # the active block has K/V from an earlier forward
+        self.length_R = np.zeros(rows, dtype=whole)  # response tokens so far without a gap, the stop token included
+        self.stop_R = np.zeros(rows, dtype=whole)  # position of the first stop token of the response, or FAR
+        self.forwards_R = np.zeros(rows, dtype=whole)  # decode forwards, the prefill not among them
+        # settings
+        self.stops_RK = np.full((rows, 1), -1, dtype=whole)
+        self.mask_token_R = np.zeros(rows, dtype=whole)  # -1: none
+        self.sub_block_R = np.zeros(rows, dtype=whole)
+        self.sub_block_cache_R = np.zeros(rows, dtype=flag)
+        self.strategy_R = np.zeros(rows, dtype=whole)
+        self.threshold_R = np.zeros(rows, dtype=real)
+        self.factor_R = np.zeros(rows, dtype=real)
+        self.tokens_per_step_R = np.zeros(rows, dtype=whole)
+        self.temperature_R = np.zeros(rows, dtype=real)
+        self.top_p_R = np.zeros(rows, dtype=real)
+        self.top_k_R = np.zeros(rows, dtype=whole)
+        self.seed_R = np.zeros(rows, dtype=whole)
+        self.sample_R = np.zeros(rows, dtype=whole)
+
+    def begin(
+        self, row: int, prompt: Sequence[int] | np.ndarray, config: DecodeConfig, sample: int, mode: int, grain: int
+    ) -> None:
+        """A request begins in `row`: its prompt is known, the rest masked. `config` has nothing left open.
+
+        Raises:
+            OverflowError: a number that has no place in 64 bits.
+        """
+        assert config.max_new_tokens is not None
+        assert config.seed is not None
+        length = len(prompt)
+        stops = config.stop_token_ids or ()
+        if len(stops) > self.stops_RK.shape[1]:
+            more = len(stops) - self.stops_RK.shape[1]
+            self.stops_RK = np.pad(self.stops_RK, ((0, 0), (0, more)), constant_values=-1)
+        self.stops_RK[row] = -1
+        self.stops_RK[row, : len(stops)] = stops
+        self.mask_token_R[row] = -1 if config.mask_token_id is None else config.mask_token_id
+        self.sub_block_R[row] = config.sub_block_size
+        self.sub_block_cache_R[row] = config.sub_block_cache
+        self.strategy_R[row] = STRATEGIES.index(config.strategy)
+        self.threshold_R[row] = config.threshold
+        self.factor_R[row] = config.factor
+        self.tokens_per_step_R[row] = config.tokens_per_step
+        self.temperature_R[row] = config.temperature
+        self.top_p_R[row] = config.top_p
+        self.top_k_R[row] = FAR if config.top_k is None else config.top_k
+        self.seed_R[row] = config.seed
+        self.sample_R[row] = sample
+
+        self.ids_RC[row] = max(0, int(self.mask_token_R[row]))
+        self.ids_RC[row, :length] = prompt
+        self.masked_RC[row] = True
+        self.masked_RC[row, :length] = False
+        self.mode_R[row] = mode
+        self.grain_R[row] = grain
+        self.prompt_R[row] = length
+        self.end_R[row] = length + config.max_new_tokens
+        self.prefill_R[row] = length // grain * grain
+        self.start_R[row] = self.length_R[row] = self.forwards_R[row] = 0
+        self.written_R[row] = False
+        self.stop_R[row] = FAR
+        self.active_R[row] = True
+
+    def take_out(self, row: int) -> dict[str, np.ndarray]:
+        """The row is free; what it held, for `put_back`."""
+        saved = {name: array[row].copy() for name, array in vars(self).items() if isinstance(array, np.ndarray)}
+        self.active_R[row] = False
+        return saved
+
+    def put_back(self, row: int, saved: dict[str, np.ndarray]) -> None:
+        """What was taken out goes on in `row`; the tokens that had final K/V are prefilled again."""
+        self.stops_RK[row] = -1  # there may be room for more by now
+        for name, value in saved.items():
+            getattr(self, name)[row, ... if value.ndim == 0 else slice(len(value))] = value
+        self.prefill_R[row] = np.maximum(self.start_R[row], self.prefill_R[row])
+        self.start_R[row] = 0
+
+    def tokens(self, row: int, begin: int = 0) -> list[int]:
+        """The response so far, up to its first gap, from its token `begin` on."""
+        start = int(self.prompt_R[row])
+        ids: list[int] = self.ids_RC[row, start + begin : start + int(self.length_R[row])].tolist()
+        return ids
+
+    def known(self, row: int) -> int:
+        """How many tokens stand without a gap, the prompt included."""
+        return int(self.prompt_R[row] + self.length_R[row])
+
+    def masked_block(self, rows_n: np.ndarray) -> np.ndarray:
+        """Which of the D positions from `start_R` on are masked `[n, D]`."""
+        # a full row's block may lie beyond its buffer; nothing is left to reveal there
+        block_nD = np.minimum(self.start_R[rows_n, None] + np.arange(self.block_size), self.masked_RC.shape[1] - 1)
+        masked_nD: np.ndarray = self.masked_RC[rows_n[:, None], block_nD]
+        return masked_nD
+
+    def reveal(self, rows_m: np.ndarray, positions_m: np.ndarray, tokens_m: np.ndarray) -> None:
+        """Tokens become known; the stop tokens among them are noted."""
+        self.ids_RC[rows_m, positions_m] = tokens_m
+        self.masked_RC[rows_m, positions_m] = False
+        stops_m = (tokens_m[:, None] == self.stops_RK[rows_m]).any(1)
+        if stops_m.any():
+            np.minimum.at(self.stop_R, rows_m[stops_m], positions_m[stops_m])
+
+    def measure(self, rows_n: np.ndarray) -> np.ndarray:
+        """Update the lengths of `rows_n`; which of them hold a whole response `[n]`.
+
+        A response ends with a stop token that has no mask before it, or when all its tokens stand without a gap.
+        """
+        masked_nD = self.masked_block(rows_n)
+        start_n, end_n = self.start_R[rows_n], self.end_R[rows_n]
+        gap_n = start_n + np.where(masked_nD.any(1), masked_nD.argmax(1), self.block_size)
+        gap_n = np.minimum(gap_n, end_n)
+        stopped_n = self.stop_R[rows_n] < gap_n
+        self.length_R[rows_n] = np.where(stopped_n, self.stop_R[rows_n] + 1, gap_n) - self.prompt_R[rows_n]
+        done: np.ndarray = stopped_n | (gap_n == end_n)
+        return done
