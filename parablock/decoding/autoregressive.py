@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.forward import forward, forward_prompts
 from parablock.decoding.steps import Kind, Limits, Rows, Step, draw, to_host, token_buffer
+from parablock.settings import Model
 
 
 @torch.inference_mode()

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from parablock.config import DecodeConfig, Model
 from parablock.decoding.cache import BlockCache
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.forward import forward, forward_prompts
 from parablock.decoding.steps import Kind, Limits, Rows, Step, draw, to_host, token_buffer
 from parablock.decoding.unmasking import reveal
 from parablock.diffusion.masks import block_causal_mask
+from parablock.settings import Model
 
 
 @dataclass

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.config import Model
 from parablock.decoding.cache import BlockCache
+from parablock.settings import Model
 
 
 def forward_prompts(

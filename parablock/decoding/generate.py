@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parablock.config import DecodeConfig, Model
 from parablock.decoding.autoregressive import decode_autoregressive
 from parablock.decoding.blocks import decode_blocks
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.steps import Limits, Step
 from parablock.diffusion.support import require_full_attention, require_open_attention
+from parablock.settings import Model
 
 DEFAULT_NEW_TOKENS = 512
 

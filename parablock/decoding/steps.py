@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.config import DecodeConfig
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.unmasking import propose, uniform
 
 Kind = Literal["prefill", "denoise", "commit", "autoregressive"]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from parablock.config import DecodeConfig, Model, Strategy
+from parablock.decoding.config import DecodeConfig, Strategy
 from parablock.decoding.generate import stream
 from parablock.decoding.steps import Step
+from parablock.settings import Model
 
 SUPPORTED_PROCESSORS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"}  # sampling does what they do
 SUPPORTED_CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}

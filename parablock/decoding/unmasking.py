@@ -7,7 +7,7 @@ over the rows when each has its own.
 import torch
 from torch import Tensor
 
-from parablock.config import Strategy
+from parablock.decoding.config import Strategy
 
 
 def propose(

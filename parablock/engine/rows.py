@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 
-from parablock.config import DecodeConfig, Strategy
+from parablock.decoding.config import DecodeConfig, Strategy
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FAR = np.iinfo(np.int64).max - 1
