@@ -29,10 +29,10 @@ from common import PICTURES, RESULTS, setting, write
 from torch import Tensor, nn
 
 import parablock as pb
+from parablock.bench.config import BenchConfig
 from parablock.bench.plots import plot_concurrency, plot_steps
 from parablock.bench.shapes import random_model
 from parablock.bench.throughput import Workload, markdown, measure, summarise
-from parablock.config import BenchConfig
 from parablock.data.chat import encode_prompt
 from parablock.evals.word_problems import test_problems
 

@@ -20,8 +20,8 @@ from paper_training import train_model
 from transformers.utils import logging
 
 import parablock as pb
+from parablock.bench.config import BenchConfig
 from parablock.bench.throughput import Workload, measure
-from parablock.config import BenchConfig
 from parablock.data.chat import encode_prompt
 from parablock.data.word_problems import Problem
 from parablock.evals.word_problems import MAX_NEW_TOKENS, is_correct, test_problems

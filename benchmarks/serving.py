@@ -30,8 +30,8 @@ import psutil
 from common import setting, write
 
 import parablock as pb
-from parablock.config import Mode
 from parablock.data.chat import encode_prompt
+from parablock.decoding.config import Mode
 from parablock.evals.word_problems import test_problems
 
 MODELS: dict[str, Mode] = {"bundled": "diffusion", "bundled-ar": "autoregressive"}

@@ -8,27 +8,29 @@ if TYPE_CHECKING:
     from parablock.checkpoints.export import export
     from parablock.checkpoints.load import load
     from parablock.checkpoints.save import save
-    from parablock.config import DecodeConfig, EngineConfig, TrainConfig
+    from parablock.decoding.config import DecodeConfig
     from parablock.decoding.generate import GenerateOutput, generate, stream
     from parablock.decoding.steps import Step
     from parablock.decoding.transformers_generate import custom_generate
     from parablock.diffusion.noise import sample_noise
     from parablock.diffusion.objective import diffusion_loss
+    from parablock.engine.config import EngineConfig
     from parablock.engine.engine import Engine
     from parablock.engine.request import Handle, Request, Update
+    from parablock.training.config import TrainConfig
     from parablock.training.trainer import train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "DecodeConfig": "config",
+    "DecodeConfig": "decoding.config",
     "Engine": "engine.engine",
-    "EngineConfig": "config",
+    "EngineConfig": "engine.config",
     "GenerateOutput": "decoding.generate",
     "Handle": "engine.request",
     "Request": "engine.request",
     "Step": "decoding.steps",
-    "TrainConfig": "config",
+    "TrainConfig": "training.config",
     "Update": "engine.request",
     "custom_generate": "decoding.transformers_generate",
     "diffusion_loss": "diffusion.objective",

@@ -18,12 +18,14 @@ from transformers import TrainerCallback
 
 from parablock.checkpoints.load import NotAdaptedWarning, load
 from parablock.checkpoints.save import save
-from parablock.config import AdaptConfig, DecodeConfig, Model, require_library
 from parablock.data.chat import IGNORE, Sample
 from parablock.data.sources import Data, load_data
 from parablock.data.word_problems import read_answer
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import generate
 from parablock.evals.machine import machine
+from parablock.settings import Model, require_library
+from parablock.training.config import AdaptConfig
 from parablock.training.cost import GPUS, Cost, Shape, estimate
 from parablock.training.recipe import write_recipe
 from parablock.training.rows import RowDataset

@@ -4,14 +4,20 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from parablock import __version__
-from parablock.config import DecodeConfig, EvalConfig, ServeConfig, require_library
-from parablock.options import NOTHING, Given, adapt_options, decode_options, eval_options, parse_list, serve_options
+from parablock.bench.config import BenchConfig
+from parablock.decoding.config import DecodeConfig
+from parablock.evals.config import EvalConfig
+from parablock.options import NOTHING, Given, options
+from parablock.server.config import ServeConfig
+from parablock.settings import require_library
+from parablock.training.config import AdaptConfig
 
 app = typer.Typer(
     help="Turn autoregressive language models into block-diffusion models and decode them many tokens at a time.",
@@ -24,6 +30,9 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A checkpoint directory, a hub id, 'bundled' or 'bundled-ar'.")
 ]
+
+
+decode_options = options(DecodeConfig, "Decoding")
 
 
 @app.command()
@@ -104,8 +113,6 @@ def web_app(
     ] = None,
 ) -> None:
     """A web page: watch answers being denoised, replay them, race AR against block diffusion."""
-    from parablock.config import require_library
-
     for library in ("gradio", "uvicorn", "httpx"):
         require_library(library, "app")
     from parablock.app.launch import run_app
@@ -133,7 +140,7 @@ def demo(
 
 
 @app.command()
-@adapt_options
+@options(AdaptConfig, "Recipe", sparse=True, without=["model"])
 def adapt(
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder; its model/ is the checkpoint.")],
     model: Annotated[str | None, typer.Argument(help="The AR checkpoint: a directory or a hub id.")] = None,
@@ -146,7 +153,7 @@ def adapt(
     from parablock.training.recipe import make_config, read_recipe
 
     settings = read_recipe(recipe) if recipe else {}
-    config = make_config(settings | {k: v for k, v in {"model": model, **given}.items() if v is not None})
+    config = make_config(settings | ({"model": model} if model else {}) | given)
     from rich.console import Console
 
     from parablock.adapt import adapt as run
@@ -184,6 +191,7 @@ def export(
 
 
 @app.command()
+@options(BenchConfig, "Cases")
 def bench(
     model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled'.")] = "bundled",
     random_weights: Annotated[
@@ -195,43 +203,17 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts, one per line. Default: the bundled task's, or random tokens.")
     ] = None,
-    concurrency: Annotated[str, typer.Option(help="Requests in flight, as a list.")] = "1,8,32",
-    prompt_tokens: Annotated[str, typer.Option(help="Random prompts of these lengths, as a list.")] = "",
-    threshold: Annotated[str, typer.Option(help="As a list.")] = "0.9",
-    sub_block_size: Annotated[str, typer.Option(help="As a list.")] = "8",
-    sub_block_cache: Annotated[str, typer.Option(help="'on', 'off' or 'on,off'.")] = "on",
-    compiled: Annotated[str, typer.Option("--compile", help="'off', 'on' or 'off,on': torch.compile.")] = "off",
-    tokens_per_step: Annotated[
-        int | None, typer.Option(help="Reveal so many per step. Default: by threshold; 4 with random weights.")
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(help="The longest answer; to random prompts every answer.")] = 128,
-    requests: Annotated[int, typer.Option(help="Requests per case, at least.")] = 16,
-    rounds: Annotated[int, typer.Option(help="... and at least so many times those in flight.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Of every case, in turns.")] = 5,
     block_size: Annotated[int, typer.Option(help="With random weights.")] = 32,
     dtype: Annotated[str | None, typer.Option(help="'float32' or 'bfloat16'. Default: float32 on a CPU.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Of a CPU. Default: one for small steps, all for large.")] = None,
     folder: Annotated[Path, typer.Option(help="Where table, plots and JSON go.")] = Path("parablock-bench"),
+    given: Given = NOTHING,
 ) -> None:
     """Measure speed: AR against block diffusion in the same engine."""
-    from parablock.config import BenchConfig
-
+    config = BenchConfig(**given)
     if random_weights is not None:
-        tokens_per_step, prompt_tokens = tokens_per_step or 4, prompt_tokens or "64"
-    config = BenchConfig(
-        concurrency=parse_list(concurrency, "concurrency", int),
-        prompt_tokens=parse_list(prompt_tokens, "prompt_tokens", int),
-        thresholds=parse_list(threshold, "threshold", float),
-        sub_block_sizes=parse_list(sub_block_size, "sub_block_size", int),
-        sub_block_cache=parse_list(sub_block_cache, "sub_block_cache", bool),
-        compile=parse_list(compiled, "compile", bool),
-        new_tokens=new_tokens,
-        requests=requests,
-        rounds=rounds,
-        repeats=repeats,
-        tokens_per_step=tokens_per_step,
-        threads=threads,
-    )
+        config = replace(
+            config, tokens_per_step=config.tokens_per_step or 4, prompt_tokens=config.prompt_tokens or (64,)
+        )
     from rich.console import Console
 
     from parablock.bench.command import run_bench
@@ -243,28 +225,10 @@ def bench(
 
 
 @app.command("eval")
-@eval_options
+@options(DecodeConfig, "Decoding", into="decoding", sparse=True)
+@options(EvalConfig, "Questions")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled', 'bundled-ar'.")] = "bundled",
-    tasks: Annotated[
-        str, typer.Option(help="As a list: names of lm-evaluation-harness, 'word_problems', 'humaneval', 'mbpp'.")
-    ] = "",
-    suite: Annotated[str | None, typer.Option(help="'paper': the tasks and settings of Fast-dLLM v2.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Answers decoded together.")] = 32,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt. Default: the task's own.")] = None,
-    chat: Annotated[
-        bool | None, typer.Option(help="The chat template. Default: if the tokenizer has one.", show_default=False)
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    multiturn: Annotated[bool, typer.Option(help="Examples as turns of a chat, not in one message.")] = True,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="A local file for a task: TASK=FILE or TASK:SPLIT=FILE (repeatable)."),
-    ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="A folder with task definitions of your own.")] = None,
-    run_code: Annotated[bool, typer.Option("--run-code", help="Let programs of the model run, sandboxed.")] = False,
-    question_seed: Annotated[int, typer.Option(help="Of examples, and which problems of the bundled task.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="'float32' or 'bfloat16'. Default: float32 on a CPU.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: slower start, faster steps.")] = False,
     output: Annotated[
@@ -274,6 +238,7 @@ def evaluate(
         tuple[Path, Path] | None, typer.Option(help="Compare two output folders instead.", metavar="A B")
     ] = None,
     given: Given = NOTHING,
+    decoding: Given = NOTHING,
 ) -> None:
     """Measure accuracy (and tokens per forward) on standard tasks, or compare two such runs."""
     from rich.console import Console
@@ -285,28 +250,14 @@ def evaluate(
 
         run_compare(*compare, console)
         return
-    config = EvalConfig(
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
-        suite=suite,  # type: ignore[arg-type]
-        data=tuple(data or ()),
-        include_path=None if include_path is None else str(include_path),
-        limit=limit,
-        batch_size=batch_size,
-        num_fewshot=num_fewshot,
-        chat=chat,
-        system=system,
-        multiturn=multiturn,
-        seed=question_seed,
-        run_code=run_code,
-    )
+    config = EvalConfig(**given)
     from parablock.evals.command import run_eval
 
-    decoding = {name: value for name, value in given.items() if value is not None}
     run_eval(model, config, decoding, console, output, dtype=dtype, compile=compiled)
 
 
 @app.command()
-@serve_options
+@options(ServeConfig, "Server")
 def serve(
     model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled', 'bundled-ar'.")] = "bundled",
     also: Annotated[list[str] | None, typer.Option(help="One more model in the same server (repeatable).")] = None,

@@ -22,13 +22,15 @@ from rich.table import Table
 from parablock.bench.compare import Contender, Result, compare, fastest_setting
 from parablock.bench.plots import plot_denoising, plot_thresholds
 from parablock.checkpoints.load import NotAdaptedWarning, load
-from parablock.config import DecodeConfig, TrainConfig, require_library
 from parablock.data.chat import Sample, encode_prompt
 from parablock.data.word_problems import EncodedProblems, Problem
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import stream
 from parablock.evals.files import write_text
 from parablock.evals.machine import machine
 from parablock.evals.word_problems import MAX_NEW_TOKENS, evaluate, test_problems
+from parablock.settings import require_library
+from parablock.training.config import TrainConfig
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 WIDER_SUB_BLOCKS = (16, 32)

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock.checkpoints.load import BUNDLED, load
 from parablock.checkpoints.save import save
-from parablock.config import DecodeConfig
 from parablock.data.chat import encode_chat
 from parablock.data.word_problems import word_problem
+from parablock.decoding.config import DecodeConfig
 from parablock.evals.word_problems import MAX_NEW_TOKENS, Accuracy, evaluate, test_problems
 from parablock.training.recipe import make_config, read_recipe
 

@@ -10,10 +10,10 @@ import pytest
 from conftest import small_model
 
 import parablock as pb
+from parablock.bench.config import BenchConfig
 from parablock.bench.load import run_load
 from parablock.bench.shapes import SHAPES, random_model
 from parablock.bench.throughput import Workload, cases, markdown, measure, summarise
-from parablock.config import BenchConfig
 
 PROMPTS = [[i % 50 + 1, (3 * i) % 50 + 1, 7] for i in range(20)]
 TINY = {

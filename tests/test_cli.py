@@ -25,7 +25,7 @@ def run(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 def test_version_and_help_import_nothing_heavy() -> None:
     code = (
-        "import sys, parablock, parablock.cli; parablock.cli.app(['--help'], standalone_mode=False); "
+        "import sys, parablock.engine.config, parablock.cli; parablock.cli.app(['--help'], standalone_mode=False); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

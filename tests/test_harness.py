@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import parablock as pb
-from parablock.config import EvalConfig
 from parablock.data.chat import encode_prompt
 from parablock.evals import word_problems as task
 from parablock.evals.compare import compare, paired, run_compare
+from parablock.evals.config import EvalConfig
 from parablock.evals.paper import paper_rows
 from parablock.evals.results import Sample, interval, read, write
 from parablock.evals.word_problems import evaluate

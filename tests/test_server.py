@@ -16,8 +16,8 @@ import pytest
 from server_process import ASK, LONG, QUESTION, Served, serve
 
 import parablock as pb
-from parablock.config import ServeConfig
 from parablock.data.chat import encode_prompt, encode_text
+from parablock.server.config import ServeConfig
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from server_process import ASK, LONG, Served, free_port, serve
 
 import parablock as pb
-from parablock.config import ServeConfig
+from parablock.server.config import ServeConfig
 
 
 @pytest.fixture(scope="module")

@@ -84,8 +84,9 @@ def _own_server(names: list[str]) -> Client:
 
     import uvicorn
 
-    from parablock.config import EngineConfig, ServeConfig
+    from parablock.engine.config import EngineConfig
     from parablock.server.app import create_app
+    from parablock.server.config import ServeConfig
     from parablock.server.served import load_models
 
     key = secrets.token_urlsafe(32)

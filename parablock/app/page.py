@@ -11,7 +11,7 @@ import gradio as gr
 
 from parablock.app.client import Client
 from parablock.app.lanes import Lane, run, verdict
-from parablock.config import DecodeConfig, Strategy
+from parablock.decoding.config import DecodeConfig, Strategy
 
 STATIC = Path(__file__).parent / "static"
 DIFFUSION, AUTOREGRESSIVE = "Block diffusion", "Autoregressive"

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from parablock.config import DecodeConfig
 from parablock.data.chat import encode_prompt
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import stream
 
 

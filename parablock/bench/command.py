@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from parablock.bench.config import BenchConfig
 from parablock.bench.throughput import COLUMNS, Case, Workload, measure, report, table, write_report
-from parablock.config import BenchConfig, require_library
 from parablock.evals.tables import print_table
+from parablock.settings import require_library
 
 TASK_PROMPTS = 256  # of the bundled task
 SHOWN = 9  # columns that a terminal has room for; report.md has all, and the ranges

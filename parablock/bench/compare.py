@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from parablock.config import DecodeConfig
 from parablock.data.chat import encode_prompt
 from parablock.data.word_problems import Problem
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import GenerateOutput, generate
 from parablock.evals.word_problems import is_correct
 

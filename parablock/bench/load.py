@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from parablock.config import DecodeConfig
+from parablock.decoding.config import DecodeConfig
 from parablock.engine.engine import Engine
 from parablock.engine.request import Handle, Request
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from parablock.bench.compare import Result
-from parablock.config import require_library
 from parablock.decoding.steps import Step
+from parablock.settings import require_library
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 

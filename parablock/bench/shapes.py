@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from parablock.config import Model
+from parablock.settings import Model
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 2}
 SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5-0.5B, -1.5B and -7B

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from parablock.bench.config import BenchConfig
 from parablock.bench.load import Measured, run_load
-from parablock.config import BenchConfig, DecodeConfig, EngineConfig, Mode
+from parablock.decoding.config import DecodeConfig, Mode
+from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
 from parablock.evals.files import write_text
 from parablock.evals.machine import machine

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, get_args
 from parablock.checkpoints.official import MODEL_TYPE as OFFICIAL
 from parablock.checkpoints.save import new_directory
 from parablock.checkpoints.standalone import CLASS, MODULE, write_code
-from parablock.config import Model
+from parablock.settings import Model
 
 Layout = Literal["stock", "official", "standalone"]
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from parablock.checkpoints.checks import check_architecture, check_directory, check_loaded, read_json
 from parablock.checkpoints.mask_token import prepare
 from parablock.checkpoints.save import ADAPTER_FIELDS
-from parablock.config import Mode, Model, require_library
+from parablock.decoding.config import Mode
+from parablock.settings import Model, require_library
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BUNDLED_MODELS = {"bundled": BUNDLED / "diffusion", "bundled-ar": BUNDLED / "ar"}

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from parablock.config import Model
 from parablock.decoding.generate import warn_of_block_size
+from parablock.settings import Model
 
 MASK_TOKEN = "|<MASK>|"  # as in the published Fast-dLLM v2 checkpoints
 DEFAULT_BLOCK_SIZE = 32

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from transformers.models.auto import tokenization_auto
 
 from parablock.checkpoints.mask_token import MASK_TOKEN
-from parablock.config import DecodeConfig
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.transformers_generate import generate_ids
 
 MODEL_TYPE = "Fast_dLLM_Qwen"

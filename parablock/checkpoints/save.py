@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import distributed
 
-from parablock.config import Model
+from parablock.settings import Model
 
 ADAPTER_FIELDS = "block_diffusion.json"  # what a LoRA adapter's own files have no place for
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 
-from parablock.config import require_library
 from parablock.data import chat, formats
 from parablock.data.chat import IGNORE, Sample, encode_chat
 from parablock.data.formats import to_chat
 from parablock.data.word_problems import EncodedProblems
+from parablock.settings import require_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from parablock.config import FirstTokenContext, Model
+from parablock.diffusion.config import FirstTokenContext
 from parablock.diffusion.masks import CLEAN, BlockLayout, Units, block_layout, register_block_attention, sample_bounds
 from parablock.diffusion.noise import complementary_views
 from parablock.diffusion.support import attention as using_attention
 from parablock.diffusion.support import require_full_attention
+from parablock.settings import Model
 
 Attention = Literal["block", "flex", "dense"]
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from parablock.config import Model
+from parablock.settings import Model
 
 PROBE = "parablock_probe"
 

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from parablock.config import DecodeConfig, EngineConfig, Model
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import as_rows, resolve
+from parablock.engine.config import EngineConfig
 from parablock.engine.request import Request
+from parablock.settings import Model
 
 if TYPE_CHECKING:
     from parablock.engine.runner import Runner

@@ -16,15 +16,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from parablock.config import DecodeConfig, EngineConfig, Model
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import GenerateOutput, Prompts, as_rows, resolve
 from parablock.engine.admission import kv_pages, pages_needed, resolve_request, reusable_blocks
+from parablock.engine.config import EngineConfig
 from parablock.engine.outcome import Outcome, apply, make_update
 from parablock.engine.pages import PagePool
 from parablock.engine.request import Handle, Request, Status
 from parablock.engine.rows import EngineRows
 from parablock.engine.runner import Runner
 from parablock.engine.schedule import Plan, plan
+from parablock.settings import Model
 
 log = logging.getLogger(__name__)
 

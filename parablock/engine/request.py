@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from parablock.config import DecodeConfig
+from parablock.decoding.config import DecodeConfig
 
 if TYPE_CHECKING:
     from parablock.engine.engine import Engine

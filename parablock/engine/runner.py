@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from parablock.config import EngineConfig, Model
 from parablock.engine.attention import lend_attention, register_runner, return_attention
+from parablock.engine.config import EngineConfig
 from parablock.engine.paged import paged_attention, paged_attention_works
 from parablock.engine.proposals import propose_tokens
 from parablock.engine.rows import EngineRows
 from parablock.engine.schedule import Group, Plan
+from parablock.settings import Model
 
 _numbers = itertools.count()
 ONE_THREAD = 5e7  # multiplications of a forward up to which one thread is the fastest

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from parablock.config import DecodeConfig, EvalConfig
+from parablock.decoding.config import DecodeConfig
 from parablock.evals import paper
 from parablock.evals.code import CODE_TASKS
+from parablock.evals.config import EvalConfig
 from parablock.evals.results import SAMPLES, Sample, make_report, samples_of, speed, task_reports, write
 from parablock.evals.tables import print_table
 from parablock.evals.tasks import load_tasks, parse_data

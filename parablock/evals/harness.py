@@ -21,13 +21,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from parablock.config import DecodeConfig, EngineConfig, Model
 from parablock.data.chat import encode_rendered, render
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import resolve
+from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
 from parablock.engine.request import Handle, Request
 from parablock.evals.likelihood import log_likelihood
 from parablock.server.text import AnswerText
+from parablock.settings import Model
 
 PAGE = 32
 DEFAULT_NEW_TOKENS = 256  # the harness's own, for tasks that do not say

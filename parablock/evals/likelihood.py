@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parablock.config import DecodeConfig, Model
+from parablock.decoding.config import DecodeConfig
 from parablock.diffusion.objective import MAX_LOGITS, head_logits, hidden_states
+from parablock.settings import Model
 
 MAX_TOKENS = 8192  # tokens of a forward, where the texts allow it
 

@@ -14,7 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from parablock import __version__
-from parablock.config import DecodeConfig, EvalConfig
+from parablock.decoding.config import DecodeConfig
+from parablock.evals.config import EvalConfig
 from parablock.evals.files import write_text
 from parablock.evals.machine import machine
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from parablock.config import DecodeConfig
 from parablock.data.chat import encode_prompt
 from parablock.data.word_problems import Problem, read_answer, word_problem
+from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import stream
 
 MAX_NEW_TOKENS = 96  # the longest solution has fewer

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from parablock.config import DecodeConfig
+from parablock.decoding.config import DecodeConfig
 from parablock.engine.request import Handle, Request, Update
 from parablock.server.errors import ApiError, from_value_error
 from parablock.server.served import ServedModel

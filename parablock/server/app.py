@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from parablock import __version__
-from parablock.config import ServeConfig
 from parablock.data.chat import encode_prompt, encode_text
 from parablock.server.answers import Answers
 from parablock.server.bodies import Writer
+from parablock.server.config import ServeConfig
 from parablock.server.delivery import Delivery
 from parablock.server.errors import (
     ApiError,

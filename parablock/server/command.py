@@ -12,8 +12,9 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from parablock.config import EngineConfig, ServeConfig
+from parablock.engine.config import EngineConfig
 from parablock.server.app import State, create_app
+from parablock.server.config import ServeConfig
 from parablock.server.served import load_models
 
 POLL = 0.1  # seconds between looks at what still runs

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from parablock.config import DecodeConfig, Mode, Strategy
+from parablock.decoding.config import DecodeConfig, Mode, Strategy
+from parablock.settings import help_of
 
 LARGEST = 2**31 - 1
 # of OpenAI's interface: accepted only with the value that changes nothing
@@ -38,6 +39,11 @@ def _whole_characters(text: str) -> str:
         except UnicodeEncodeError:
             raise ValueError("half a surrogate pair is no text; send whole characters") from None
     return text
+
+
+def _setting(name: str, **limits: Any) -> Any:
+    """An optional field that is one of `DecodeConfig`'s, in its words."""
+    return Field(None, description=help_of(DecodeConfig, name), **limits)
 
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
@@ -87,24 +93,24 @@ class Body(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Text | list[Text] | None = None
-    max_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    max_tokens: int | None = _setting("max_new_tokens", ge=1, le=LARGEST)
     n: int | None = Field(None, ge=1, le=128)
-    temperature: float | None = Field(None, ge=0, le=100, description="0, the default, is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    temperature: float | None = _setting("temperature", ge=0, le=100)
+    top_p: float | None = _setting("top_p", gt=0, le=1)
+    seed: int | None = _setting("seed", ge=-(2**63), le=2**63 - 1)
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    mode: Mode | None = Field(None, description="How to decode; by default what the model was made for.")
-    threshold: float | None = Field(None, ge=0, le=1, description="Reveal positions whose confidence is above.")
-    sub_block_size: int | None = Field(None, ge=1, le=LARGEST)
-    strategy: Strategy | None = None
-    factor: float | None = Field(None, gt=0)
-    tokens_per_step: int | None = Field(None, ge=1, le=LARGEST)
-    sub_block_cache: bool | None = None
-    top_k: int | None = Field(None, ge=1, le=LARGEST)
+    mode: Mode | None = _setting("mode")
+    threshold: float | None = _setting("threshold", ge=0, le=1)
+    sub_block_size: int | None = _setting("sub_block_size", ge=1, le=LARGEST)
+    strategy: Strategy | None = _setting("strategy")
+    factor: float | None = _setting("factor", gt=0)
+    tokens_per_step: int | None = _setting("tokens_per_step", ge=1, le=LARGEST)
+    sub_block_cache: bool | None = _setting("sub_block_cache")
+    top_k: int | None = _setting("top_k", ge=1, le=LARGEST)
     denoising: bool | None = Field(None, description="When streaming: every step's provisional tokens as well.")
 
     @model_validator(mode="before")
@@ -154,7 +160,7 @@ class ChatBody(Body):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    max_completion_tokens: int | None = _setting("max_new_tokens", ge=1, le=LARGEST)
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatBody":

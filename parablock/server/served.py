@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from parablock.checkpoints.load import NotAdaptedWarning, load
-from parablock.config import EngineConfig, Mode, Model
+from parablock.decoding.config import Mode
+from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
+from parablock.settings import Model
 
 
 class ServedModel:

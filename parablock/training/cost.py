@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from parablock.config import TrainConfig
+from parablock.training.config import TrainConfig
 
 GPUS = {"A100": (312e12, 80), "H100": (989e12, 80), "RTX 4090": (165e12, 24)}  # dense bf16 FLOP/s, GB
 UTILISATION = 0.4  # the share of the peak that trainings of this kind reach

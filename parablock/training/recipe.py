@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from parablock.config import AdaptConfig
+from parablock.training.config import AdaptConfig
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

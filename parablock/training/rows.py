@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from parablock.config import TrainConfig
 from parablock.data.chat import IGNORE, Sample
 from parablock.data.packing import pack, pad_to_block
 from parablock.diffusion.noise import sample_noise, seeded_generator
+from parablock.training.config import TrainConfig
 
 Row = dict[str, Tensor]  # input_ids, labels, noise_mask: [L] each; samples: [L / block size]
 

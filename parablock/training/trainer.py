@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from parablock.config import Model, TrainConfig
 from parablock.data.chat import Sample
 from parablock.diffusion.objective import Attention, autoregressive_loss, diffusion_loss
 from parablock.diffusion.support import attention as using_attention
+from parablock.settings import Model
+from parablock.training.config import TrainConfig
 from parablock.training.guards import Guards, TrainingStoppedError, checkpoints, last_good, remove_broken
 from parablock.training.optimizer import build_optimizer
 from parablock.training.rows import RowDataset, collate

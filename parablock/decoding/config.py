@@ -1,0 +1,59 @@
+"""What a user can set about decoding."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from parablock.settings import require, require_at_least, require_choice, setting
+
+LEAST = 1e-6  # what is smaller vanishes when probabilities are computed in float32
+Mode = Literal["diffusion", "autoregressive"]
+Strategy = Literal["threshold", "factor", "fixed"]
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How text is decoded; what is None the checkpoint or the context decides."""
+
+    mode: Mode = setting("diffusion", help="'diffusion' (several tokens per forward) or 'autoregressive' (one).")
+    max_new_tokens: int | None = setting(
+        None, help="The answer is at most this long, exactly. Default: 512, less if the context is shorter."
+    )
+    block_size: int | None = setting(None, help="Tokens decoded together. Default: the checkpoint's own.")
+    sub_block_size: int = setting(8, help="A block is revealed in parts of this many tokens, left to right.")
+    strategy: Strategy = setting(
+        "threshold", help="Which positions to reveal: 'threshold', 'factor' or 'fixed' (the most confident ones)."
+    )
+    threshold: float = setting(0.9, help="Reveal positions whose confidence is above this [0, 1].")
+    factor: float = setting(1.0, help="For 'factor': larger reveals more.")
+    tokens_per_step: int = setting(1, help="For 'fixed': how many positions a step reveals.")
+    temperature: float = setting(0.0, help="0 is greedy; above, tokens are sampled.")
+    top_p: float = setting(1.0, help="Sample from the smallest set of tokens with this probability.")
+    top_k: int | None = setting(None, help="Sample from this many most probable tokens. Default: all.")
+    sub_block_cache: bool = setting(True, help="Reuse the K/V of the other sub-blocks inside a block.")
+    stop_token_ids: tuple[int, ...] | None = setting(
+        None, help="Token ids that end the answer (repeatable). Default: the checkpoint's own."
+    )
+    mask_token_id: int | None = setting(
+        None, help="The id that stands at masked positions. Default: the checkpoint's own."
+    )
+    seed: int | None = setting(None, help="Makes sampling repeatable. Default: a fresh one.")
+
+    def __post_init__(self) -> None:
+        require_choice("mode", self.mode, Mode)
+        require_choice("strategy", self.strategy, Strategy)
+        require_at_least(self, 1, "max_new_tokens", "block_size", "sub_block_size", "tokens_per_step", "top_k")
+        require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")
+        require(self.factor > 0.0, "factor", self.factor, "use a positive value")
+        sampled = LEAST <= self.temperature <= 1 / LEAST
+        remedy = f"use 0 (greedy) or a value in [{LEAST:g}, {1 / LEAST:g}]"
+        require(self.temperature == 0.0 or sampled, "temperature", self.temperature, remedy)
+        require(LEAST <= self.top_p <= 1.0, "top_p", self.top_p, f"use a value in [{LEAST:g}, 1]")
+        if self.block_size is not None:
+            self.check_sub_block(self.block_size)
+
+    def check_sub_block(self, block_size: int) -> None:
+        """ValueError unless `block_size` is a whole number of sub-blocks."""
+        require(
+            block_size % self.sub_block_size == 0,
+            "sub_block_size", self.sub_block_size, f"use a divisor of the block size {block_size}",
+        )  # fmt: skip

@@ -1,0 +1,29 @@
+"""What a user can set about the server."""
+
+from dataclasses import dataclass
+
+from parablock.settings import require, require_at_least, setting
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How `parablock serve` listens, and what it refuses."""
+
+    host: str = setting("127.0.0.1", help="The address to listen on; 0.0.0.0 is every network.")
+    port: int = setting(8000, help="The port; 0: any free one, which is printed.")
+    max_rows: int = setting(32, help="Answers decoded together.")
+    max_queue: int = setting(128, help="Answers that may wait; further ones are refused (429).")
+    deadline: float = setting(600.0, help="Seconds until an answer must be whole.")
+    max_body: int = setting(1_000_000, help="The longest request in bytes.")
+    cors_origin: tuple[str, ...] | None = setting(
+        None, help="Web pages of this origin may ask (repeatable). Default: none."
+    )
+    drain: float = setting(60.0, help="Seconds that running requests get after SIGTERM.")
+    compile: bool = setting(False, help="torch.compile: slower start, faster steps.")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port <= 65535, "port", self.port, "use 1 to 65535, or 0 for any free one")
+        require_at_least(self, 1, "max_rows", "max_body")
+        require_at_least(self, 0, "max_queue")
+        require(self.deadline > 0, "deadline", self.deadline, "use a positive number of seconds")
+        require(self.drain >= 0, "drain", self.drain, "use 0 or more seconds")
