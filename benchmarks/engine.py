@@ -173,7 +173,7 @@ def context(repeats: int) -> dict[str, Any]:
     for kind, (mode, width) in KINDS.items():
         runs = {length: Steps(model, length, mode, width) for length in lengths}
         seen = interleaved({str(n): run.one for n, run in runs.items()}, repeats)
-        per_token = runs[0].engine.runner.bytes_per_token
+        per_token = runs[0].engine.runner.kv.bytes_per_token
         for run in runs.values():
             run.engine.close()
         times = [1000 * statistics.median(seen[str(n)]) for n in lengths]

@@ -16,13 +16,13 @@ from unittest import mock
 import numpy as np
 import torch
 from paper_decoding import decode, load, over_models, prompts_of, questions
+from parablock.decoding.forward import forward
+from parablock.decoding.steps import draw
 from torch import Tensor
 
 import parablock as pb
 from parablock.decoding import blocks
 from parablock.decoding.cache import BlockCache
-from parablock.decoding.forward import forward
-from parablock.decoding.steps import draw
 from parablock.decoding.unmasking import reveal
 
 STALE_PROBLEMS = 100  # per model

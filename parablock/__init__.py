@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from parablock.checkpoints.load import load
     from parablock.checkpoints.save import save
     from parablock.decoding.config import DecodeConfig
-    from parablock.decoding.generate import GenerateOutput, generate, stream
-    from parablock.decoding.steps import Step
+    from parablock.decoding.generate import GenerateOutput, Step, generate, stream
     from parablock.decoding.transformers_generate import custom_generate
     from parablock.diffusion.noise import sample_noise
     from parablock.diffusion.objective import diffusion_loss
@@ -29,7 +28,7 @@ _HOME = {
     "GenerateOutput": "decoding.generate",
     "Handle": "engine.request",
     "Request": "engine.request",
-    "Step": "decoding.steps",
+    "Step": "decoding.generate",
     "TrainConfig": "training.config",
     "Update": "engine.request",
     "custom_generate": "decoding.transformers_generate",

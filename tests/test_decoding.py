@@ -193,7 +193,7 @@ confidences = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8)
 @given(confidences, st.floats(0, 1, width=32), st.floats(0.1, 4), st.integers(1, 8), st.data())
 def test_reveal_strategies(values: list[float], threshold: float, factor: float, k: int, data: Any) -> None:
     masked = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
-    c, m = torch.tensor([values]), torch.tensor([masked])
+    c, m = np.array([values], dtype=np.float32), np.array([masked])
     inside = sorted((v for v, keep in zip(c[0].tolist(), masked, strict=True) if keep), reverse=True)
 
     by_threshold = reveal(c, m, "threshold", threshold=threshold)
@@ -280,6 +280,7 @@ BAD_CONFIGS = [
     ({"top_p": 1e-300}, "top_p=1e-300"),
     ({"factor": 0.0}, "factor=0.0"),
     ({"tokens_per_step": 0}, "tokens_per_step=0"),
+    ({"seed": 2**70}, "seed=1180591620717411303424"),
 ]
 
 
@@ -305,11 +306,12 @@ def test_bad_requests_are_named(model: Any) -> None:
     plain = small_model()
     del plain.config.mask_token_id
     with pytest.raises(ValueError, match="names no mask token"):
-        pb.generate(plain, [1], BASE)
+        pb.generate(plain, [1], replace(BASE, mode="diffusion"))
     assert pb.generate(plain, [1], replace(BASE, mask_token_id=MASK)).tokens
-    assert pb.generate(plain, [1], replace(BASE, mode="autoregressive")).tokens
+    ar = pb.generate(plain, [1], replace(BASE, mode="autoregressive")).tokens
+    assert pb.generate(plain, [1], BASE).tokens == ar  # a model that was never adapted has no other mode
     del plain.config.bd_size
     with pytest.raises(ValueError, match="names no block size"):
-        pb.generate(plain, [1], replace(BASE, mask_token_id=MASK))
+        pb.generate(plain, [1], replace(BASE, mode="diffusion", mask_token_id=MASK))
     with pytest.raises(TypeError, match="speed"):
         pb.DecodeConfig(speed=3)  # type: ignore[call-arg]

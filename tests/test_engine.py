@@ -44,7 +44,7 @@ def empty(engine: pb.Engine) -> bool:
     """No row, page or request is left behind."""
     left = engine.stats
     assert not engine.rows.active_R.any()
-    assert not any(engine._pages_of)
+    assert not engine.memory.table_RP.any()
     assert not any(engine._handles)
     return left["waiting"] == left["running"] == left["pages_held"] == 0
 

@@ -85,7 +85,7 @@ def run_load(engine: Engine, prompts: Sequence[list[int]], config: DecodeConfig,
         ttft_95=first[min(len(first) - 1, int(0.95 * len(first)))],
         tpot=statistics.median(further) if further else 0.0,
         step=statistics.median(steps),
-        kv_bytes=pages * engine.block_size * engine.runner.bytes_per_token,
+        kv_bytes=pages * engine.block_size * engine.runner.kv.bytes_per_token,
         memory_bytes=_memory(engine.runner.device),
     )
 

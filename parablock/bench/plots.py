@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from parablock.bench.compare import Result
-from parablock.decoding.steps import Step
+from parablock.decoding.generate import Step
 from parablock.settings import require_library
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"

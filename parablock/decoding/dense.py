@@ -48,12 +48,11 @@ class Dense:
         columns = work.first_n, work.width_n, work.grain_n
         R = self.cache.rows
         if len(work.rows_n) < R:
-            everywhere = tuple(np.zeros(R, dtype=np.int64) for _ in columns)
-            for all_R, some_n in zip(everywhere, columns, strict=True):
-                all_R[work.rows_n] = some_n
-            everywhere[2][everywhere[2] == 0] = columns[2][0]
-            columns = everywhere
-        return tuple(column[:, None] for column in columns)  # type: ignore[return-value]
+            everywhere = np.array([[0], [0], [work.grain_n[0]]]).repeat(R, 1)
+            everywhere[:, work.rows_n] = columns
+            columns = tuple(everywhere)
+        first_R, width_R, grain_R = columns
+        return first_R[:, None], width_R[:, None], grain_R[:, None]
 
     def _forward(
         self, ids_RQ: np.ndarray, position_RQ: np.ndarray, slot_RQ: np.ndarray, limit_RQ: np.ndarray, keep: np.ndarray

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.decoding.unmasking import propose, uniform
 from parablock.decoding.rows import Rows
+from parablock.decoding.unmasking import propose, uniform
 from parablock.decoding.work import Work, join
 
 
 def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and confidences `[M]` on the host, for the predictions of all works; the mask token is never among them."""
+    """Tokens and confidences `[M]` on the host, for all works' predictions; the mask token is never among them."""
     row_M = join([work.row_m for work in works])
     if not len(row_M):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)

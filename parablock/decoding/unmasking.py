@@ -62,11 +62,13 @@ def reveal(
 
     Settings that are arrays broadcast to `[R, S]`.
     """
+    chosen: np.ndarray
     confidence = np.where(candidates_RS, confidence_RS, np.float32(-1))
     if strategy == "threshold":
-        chosen: np.ndarray = confidence > threshold
+        chosen = confidence > threshold
         chosen[np.arange(len(chosen)), confidence.argmax(-1)] = True
-        return chosen & candidates_RS
+        chosen &= candidates_RS
+        return chosen
     order = np.argsort(-confidence, axis=-1, kind="stable")
     rank = np.arange(1, confidence.shape[-1] + 1)  # n
     if strategy == "factor":
@@ -78,7 +80,8 @@ def reveal(
     taken = np.broadcast_to(rank <= count, candidates_RS.shape)
     chosen = np.zeros_like(candidates_RS)
     np.put_along_axis(chosen, order, taken, -1)
-    return chosen & candidates_RS
+    chosen &= candidates_RS
+    return chosen
 
 
 def uniform(seed: int | Tensor, row_R1: Tensor, position_RS: Tensor, draw_R1: Tensor) -> Tensor:

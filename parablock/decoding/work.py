@@ -41,7 +41,8 @@ class Work:
     @property
     def row_m(self) -> np.ndarray:
         """The predictions' rows."""
-        return self.rows_n[self.piece_m]
+        row_m: np.ndarray = self.rows_n[self.piece_m]
+        return row_m
 
 
 def prefill(rows: Rows, chosen: np.ndarray, width_n: np.ndarray) -> Work:

@@ -1,7 +1,6 @@
-"""What a request needs before it may run: settings the model can serve, and K/V memory for all it can become."""
+"""What a request needs before it may run: settings the model can serve, and not more tokens than the memory holds."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,9 +9,6 @@ from parablock.decoding.generate import as_rows, resolve
 from parablock.engine.config import EngineConfig
 from parablock.engine.request import Request
 from parablock.settings import Model
-
-if TYPE_CHECKING:
-    from parablock.engine.runner import Runner
 
 SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.75}
 
@@ -31,8 +27,6 @@ def resolve_request(model: Model, request: Request, block_size: int, max_context
             f"block_size={config.block_size}, but this engine runs blocks of {block_size}; leave it out, or make "
             "another engine with EngineConfig(block_size=...)"
         )
-    if config.seed is None:
-        config = replace(config, seed=int(torch.randint(2**31, ()).item()))
     assert config.max_new_tokens is not None
     new_tokens = config.max_new_tokens
     if request.config.max_new_tokens is None:  # as much as there is room for
@@ -43,37 +37,24 @@ def resolve_request(model: Model, request: Request, block_size: int, max_context
         raise ValueError(
             f"{asked} exceed the engine's context of {max_context} tokens; shorten the prompt or lower max_new_tokens"
         )
-    if pages_needed(len(prompt), block_size, config) > pages:
+    if len(prompt) + new_tokens > pages * block_size:
         raise ValueError(
             f"{asked} need more than the K/V memory of {pages * block_size} tokens; raise EngineConfig(kv_tokens=...)"
         )
     return config
 
 
-def pages_needed(prompt: int, block_size: int, config: DecodeConfig) -> int:
-    """Pages for a prompt of so many tokens and the longest answer."""
-    assert config.max_new_tokens is not None
-    return -(-(prompt + config.max_new_tokens) // block_size)
-
-
-def reusable_blocks(prompt: int, block_size: int, config: DecodeConfig) -> int:
-    """How many of the prompt's blocks need not run when their K/V are known.
-
-    The last prompt token runs in any case if its forward predicts the answer's first token.
-    """
-    predicts = config.mode == "autoregressive" or prompt % block_size == 0
-    return (prompt - 1) // block_size if predicts else prompt // block_size
-
-
-def kv_pages(config: EngineConfig, pages_per_row: int, block_size: int, runner: "Runner") -> int:
+def kv_pages(
+    config: EngineConfig, pages_per_row: int, block_size: int, bytes_per_token: int, device: torch.device
+) -> int:
     """How many pages the K/V memory gets (see `EngineConfig.kv_tokens`)."""
     if config.kv_tokens is not None:
         return max(1, config.kv_tokens // block_size)
-    if runner.device.type == "cuda":
-        free = torch.cuda.mem_get_info(runner.device)[0]
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
     else:
         import psutil
 
         free = psutil.virtual_memory().available
-    share = SHARE_OF_FREE_MEMORY.get(runner.device.type, 0.25)
-    return max(1, min(pages_per_row * config.max_rows, int(free * share) // (runner.bytes_per_token * block_size)))
+    share = SHARE_OF_FREE_MEMORY.get(device.type, 0.25)
+    return max(1, min(pages_per_row * config.max_rows, int(free * share) // (bytes_per_token * block_size)))

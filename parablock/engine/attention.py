@@ -4,18 +4,23 @@ The operator's arguments are tensors and numbers alone, so that a compiler or a 
 it; the number `runner` leads to the runner whose K/V memory and current step it works on.
 """
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from parablock.engine.runner import Runner
-
 ENGINE_ATTENTION = "parablock_engine"
 
-_runners: "WeakValueDictionary[int, Runner]" = WeakValueDictionary()  # an operator cannot be handed an object
+
+class Attends(Protocol):
+    """A runner, as the operator sees it."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
+        """See `Runner.attend`."""
+
+
+_runners: WeakValueDictionary[int, Attends] = WeakValueDictionary()  # an operator cannot be handed an object
 # how many engines a model serves, and the attention it had before
 _lent: "WeakKeyDictionary[Any, tuple[int, str]]" = WeakKeyDictionary()
 _library: Any = torch.library.Library("parablock", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -84,6 +89,6 @@ def return_attention(model: Any) -> None:
         model.set_attn_implementation(before)
 
 
-def register_runner(number: int, runner: "Runner") -> None:
+def register_runner(number: int, runner: Attends) -> None:
     """Let the operator find `runner` by its number as long as it lives."""
     _runners[number] = runner

@@ -1,8 +1,8 @@
 """The engine: many requests share one model, and one forward serves all of them.
 
-A step is: take in what has been submitted, admit what fits, plan a forward, run it, and give every row what it
-revealed. Rows join and leave at any step. Callers drive the steps themselves (`step`, `generate`, or waiting for a
-handle), or let a thread do it (`start`).
+A step is: take in what has been submitted, admit what fits, give growing rows memory, plan a forward, run it, and tell
+every caller what became known. Rows join and leave at any step. Callers drive the steps themselves (`step`, `generate`,
+or waiting for a handle), or let a thread do it (`start`).
 """
 
 import logging
@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 from parablock.decoding.config import DecodeConfig
-from parablock.decoding.generate import GenerateOutput, Prompts, as_rows, resolve
-from parablock.engine.admission import kv_pages, pages_needed, resolve_request, reusable_blocks
+from parablock.decoding.decoder import begin, window
+from parablock.decoding.generate import DEFAULT_BLOCK_SIZE, GenerateOutput, Prompts, as_rows, resolve
+from parablock.decoding.rows import Rows
+from parablock.decoding.work import Settled, settle
+from parablock.engine.admission import kv_pages, resolve_request
 from parablock.engine.config import EngineConfig
-from parablock.engine.outcome import Outcome, apply, make_update
+from parablock.engine.memory import Memory
 from parablock.engine.pages import PagePool
-from parablock.engine.request import Handle, Request, Status
-from parablock.engine.rows import EngineRows
+from parablock.engine.request import Handle, QueueFullError, Request, Status, Update
 from parablock.engine.runner import Runner
 from parablock.engine.schedule import Plan, plan
 from parablock.settings import Model
@@ -47,9 +49,8 @@ class Engine:
 
     def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
-        block_size = self.config.block_size or getattr(model.config, "bd_size", None)
-        if block_size is None:
-            raise ValueError("the checkpoint names no block size; set EngineConfig(block_size=...)")
+        own = getattr(model.config, "bd_size", None)
+        self.block_size = int(self.config.block_size or own or DEFAULT_BLOCK_SIZE)
         context = model.config.max_position_embeddings
         if self.config.max_context is not None and self.config.max_context > context:
             raise ValueError(f"max_context={self.config.max_context} exceeds the model's context of {context} tokens")
@@ -57,29 +58,34 @@ class Engine:
             raise ValueError(f"cuda_graphs=True needs a CUDA device, and the model is on {model.device}")
         resolve(model, [[0]], DecodeConfig(mode="autoregressive", max_new_tokens=1))  # can it be run at all?
         self.model = model
-        self.block_size = int(block_size)
         self.max_context = self.config.max_context or context
         self.runner = Runner(model, self.block_size, self.config)
+        pages_per_row = -(-self.max_context // self.block_size)
         try:
-            pages_per_row = -(-self.max_context // self.block_size)
-            pages = kv_pages(self.config, pages_per_row, self.block_size, self.runner)
+            per_token = self.runner.kv.bytes_per_token
+            pages = kv_pages(self.config, pages_per_row, self.block_size, per_token, self.runner.device)
             self.runner.allocate(pages)
         except BaseException:
             self.runner.close()
             raise
+        # one row more than requests can have: padding, without pages
+        self.rows = Rows(self.config.max_rows + 1, pages_per_row * self.block_size, self.block_size)
         self.pool = PagePool(pages, self.block_size, prefix_cache=self.config.prefix_cache)
-        self.rows = EngineRows(self.config.max_rows, pages_per_row, self.block_size)
+        self.memory = Memory(self.pool, self.config.max_rows + 1, pages_per_row)
         self.steps = 0
         self.step_seconds = 0.0  # in all steps together
         self.prefill_tokens = 0  # prompt tokens that were run
         self.prefill_seconds = 0.0  # their share of the steps' time, by tokens
+        self.preemptions = 0  # how often a row gave its pages to others
+        self.error: Exception | None = None  # why it stopped by itself
         self._handles: list[Handle | None] = [None] * self.config.max_rows
-        self._pages_of: list[list[int]] = [[] for _ in range(self.config.max_rows)]
+        self._streaming_R = np.zeros(self.config.max_rows + 1, dtype=bool)
         self._waiting: deque[Handle] = deque()
         self._admitted = 0
+        self._open = 0  # requests that have not ended
         self._inbox: deque[Handle] = deque()  # submitted or to be cancelled; appended to by any thread
         self._changed = threading.Condition()  # something came in, or a handle moved on
-        self._stepping = threading.Lock()
+        self._stepping = threading.RLock()
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -92,14 +98,19 @@ class Engine:
         it must return at once.
 
         Raises:
-            ValueError: a request that can never run: an empty prompt, more tokens than the context or the K/V memory
-                holds, another block size than the engine's, settings the model cannot serve.
+            ValueError: a request that can never run (an empty prompt, more tokens than the context or the K/V memory
+                holds, another block size than the engine's, settings the model cannot serve), or the engine is closed.
+            QueueFullError: `max_rows` and `max_queue` requests have not ended yet.
         """
-        if self._closed:
-            raise ValueError("the engine is closed; make a new one")
         config = resolve_request(self.model, request, self.block_size, self.max_context, self.pool.pages)
         handle = Handle(self, request, config, listener)
+        most = math.inf if self.config.max_queue is None else self.config.max_rows + self.config.max_queue
         with self._changed:
+            if self._closed:
+                raise ValueError(f"the engine is closed{f' ({self.error})' if self.error else ''}; make a new one")
+            if self._open >= most:
+                raise QueueFullError(f"{self._open} requests run or wait; submit again when some of them have ended")
+            self._open += 1
             self._inbox.append(handle)
             self._changed.notify_all()
         return handle
@@ -160,19 +171,17 @@ class Engine:
     def close(self) -> None:
         """Stop: requests that have not ended fail, the memory is freed, the model gets its own attention back."""
         with self._changed:
-            if self._closed:
-                return
-            self._closed = True
+            self._closed = True  # nothing comes in any more
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
         with self._stepping:
+            self._thread = None
             self._take_in()
-            unfinished = [*self._waiting, *(h for h in self._handles if h)]
+            for handle in [*self._waiting, *(h for h in self._handles if h)]:
+                self._end(handle, "failed", self.error or RuntimeError("the engine was closed"))
             self._waiting.clear()
-            for handle in unfinished:
-                self._end(handle, "failed", RuntimeError("the engine was closed"))
             self.pool.clear()
             self.runner.close()
 
@@ -184,7 +193,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """It takes no requests any more."""
+        """It takes no requests any more: closed by its owner, or (`error`) because nothing could be run."""
         return self._closed
 
     @property
@@ -197,6 +206,7 @@ class Engine:
             "pages_cached": self.pool.cached,
             "pages": self.pool.pages,
             "steps": self.steps,
+            "preemptions": self.preemptions,
         }
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -204,26 +214,25 @@ class Engine:
     def step(self) -> bool:
         """One forward for everything that runs; False if there was nothing to run."""
         with self._stepping:
+            if self._closed:
+                return False
             self._take_in()
             self._admit()
-            taking_part = self.rows.active_R.nonzero()[0]
-            if not len(taking_part):
+            self._grow()
+            active = self.rows.active_R.nonzero()[0]
+            if not len(active):
                 return False
-            started = time.perf_counter()
+            started, taking_part = time.perf_counter(), active
             try:
-                work = plan(self.rows, taking_part, self.config.prefill_chunk, self.config.cuda_graphs)
-                taking_part = work.rows
-                prefill = int((work.prefill_end - self.rows.start_R[work.prefill]).sum())
-                tokens_M, confidence_M = self.runner.run(self.rows, work)
-                self.steps += 1
-                self._tell(work, apply(self.rows, work, tokens_M, confidence_M))
-                self.prefill_tokens += prefill
-                self.prefill_seconds += (time.perf_counter() - started) * prefill / work.tokens
+                step = plan(self.rows, active, self.config.prefill_chunk, self.config.cuda_graphs)
+                taking_part = step.rows
+                self._forward(step, started)
             except Exception as error:
                 log.exception("a step failed; its requests fail with it")
                 for row in taking_part:
                     if (handle := self._handles[row]) is not None:
-                        self._end(handle, "failed", error, int(row))
+                        self._end(handle, "failed", error)
+                self._check(error)
             self.step_seconds += time.perf_counter() - started
             return True
 
@@ -240,91 +249,178 @@ class Engine:
                 self._waiting.append(handle)
 
     def _admit(self) -> None:
-        """The first in the queue gets a row and all the memory it can need, or waits, and all others behind it."""
+        """The first in the queue gets a row and memory for what is known of it, or waits, and all others behind it."""
         while self._waiting:
-            row, handle = self.rows.free(), self._waiting[0]
-            if row is None:
+            free = (~self.rows.active_R[:-1]).nonzero()[0]
+            if not len(free):
                 return
-            prompt, config = np.asarray(handle.request.prompt, dtype=np.int64), handle.config
-            matched: list[int] = []
-            if self.config.prefix_cache:
-                matched = self.pool.match(prompt, reusable_blocks(len(prompt), self.block_size, config), _root(config))
-            pages = self.pool.reserve(matched, pages_needed(len(prompt), self.block_size, config))
-            if pages is None:
-                return
+            handle = self._waiting[0]
+            try:
+                if not self._place(handle, int(free[0])):
+                    return
+            except Exception as error:  # its own fault, and its alone
+                self.rows.active_R[free[0]] = False
+                self.memory.release(int(free[0]))
+                self._end(handle, "failed", error)
             self._waiting.popleft()
-            self._admitted += 1
-            handle.cached_tokens = len(matched) * self.block_size
-            handle.status = "running"
-            self._handles[row], self._pages_of[row] = handle, pages
-            request = handle.request
-            self.rows.occupy(
-                row, self._admitted, prompt, pages, handle.cached_tokens, config, request.sample, request.stream
-            )
 
-    def _tell(self, work: Plan, outcome: Outcome) -> None:
-        """Tell the handles what the step did, and end the requests whose response is whole."""
+    def _place(self, handle: Handle, row: int) -> bool:
+        """Begin a request in a row, or go on with it; False if there is no memory for it yet."""
+        rows, request, D = self.rows, handle.request, self.block_size
+        running = int(rows.active_R.sum())
+        if handle._paused is None:
+            begin(rows, row, request.prompt, handle.config, request.sample)
+            rows.order_R[row] = self._admitted
+        else:
+            state, kept = handle._paused
+            rows.put_back(row, state)
+        prefill = int(rows.prefill_R[row])
+        known = prefill if rows.masked_RC[row, prefill] else prefill + 1
+        # every row that runs may need a page soon; a token that predicts the next one must run in any case
+        cached = self.memory.admit(row, rows.ids_RC[row, :prefill], (known - 1) // D, self._root(row), spare=running)
+        if cached is None:
+            rows.active_R[row] = False
+            return False
+        rows.start_R[row] = cached * D
+        if handle._paused is None:
+            self._admitted += 1
+            handle.cached_tokens = cached * D
+        elif kept is not None:
+            self.runner.kv.write(int(self.memory.table_RP[row, prefill // D]), kept)
+        handle._paused, handle.status = None, "running"
+        self._handles[row], self._streaming_R[row] = handle, request.stream
+        return True
+
+    def _grow(self) -> None:
+        """A page for every row that goes on to a new block; when none is left, the youngest rows give theirs back."""
         rows = self.rows
-        for row in work.prefill[rows.start_R[work.prefill] == rows.prefill_R[work.prefill]]:
-            self._register(row)
-        streaming_K = rows.streaming_R[work.rows_K]
-        for k in (outcome.first_K | outcome.done_K | streaming_K).nonzero()[0]:
-            row = int(work.rows_K[k])
+        active = rows.active_R.nonzero()[0]
+        decoding = active[rows.start_R[active] >= rows.prefill_R[active]]
+        wanting = self.memory.wanting(decoding, rows.start_R[decoding])
+        for row in wanting[rows.order_R[wanting].argsort()]:
+            while rows.active_R[row] and not self.memory.grow(int(row)):
+                active = rows.active_R.nonzero()[0]
+                self._pause(int(active[rows.order_R[active].argmax()]))
+
+    def _pause(self, row: int) -> None:
+        """A row gives its pages back and waits, first in the queue; then its known tokens are run again.
+
+        Of its active block the K/V are kept as they are, so that it goes on as if nothing had happened.
+        """
+        handle = self._handles[row]
+        assert handle is not None
+        handle.tokens, handle.forwards = self.rows.tokens(row), int(self.rows.forwards_R[row])
+        kept = None
+        if self.rows.written_R[row]:
+            page = self.memory.table_RP[row, self.rows.start_R[row] // self.block_size]
+            kept = self.runner.kv.read(int(page))
+        self._register(row)
+        handle._paused = self.rows.take_out(row), kept
+        self._vacate(row)
+        handle.status = "waiting"
+        self._waiting.appendleft(handle)
+        self.preemptions += 1
+
+    def _forward(self, step: Plan, started: float) -> None:
+        rows = self.rows
+        tokens_M, confidence_M = self.runner.run(rows, self.memory.table_RP, step)
+        self.steps += 1
+        settled = settle(rows, step.works, tokens_M, confidence_M)
+        prefills = [work for work in step.works if not work.decoding]
+        for row in (row for work in prefills for row in work.rows_n):
+            if rows.start_R[row] == rows.prefill_R[row]:
+                self._register(row)
+        self._tell(settled)
+        prefill = sum(int(work.final_n.sum()) for work in prefills)
+        self.prefill_tokens += prefill
+        self.prefill_seconds += (time.perf_counter() - started) * prefill / step.tokens
+
+    def _tell(self, settled: Settled) -> None:
+        """Tell the handles what the step did, and end the requests whose response is whole."""
+        rows_K, rows = settled.rows_K, self.rows
+        streaming_K = self._streaming_R[rows_K]
+        first_K = (settled.before_K == 0) & (rows.length_R[rows_K] > 0)
+        shown = window(rows, settled, rows_K) if streaming_K.any() else None
+        for k in (first_K | settled.done_K | streaming_K).nonzero()[0]:
+            row, done = int(rows_K[k]), bool(settled.done_K[k])
             handle = self._handles[row]
             assert handle is not None
-            if outcome.first_K[k]:
-                handle.first_token = time.perf_counter() - handle.submitted
-            if streaming_K[k]:
-                handle.tokens = rows.tokens(row)
-                handle._updates.append(make_update(rows, work, outcome, int(k)))
-                handle._notify()
-            if outcome.done_K[k]:
-                last = rows.prompt_R[row] + rows.length_R[row] - 1
-                handle.finish_reason = "stop" if rows.stop_R[row] == last else "length"
-                self._end(handle, "finished", row=row)
+            try:
+                if first_K[k]:
+                    handle.first_token = time.perf_counter() - handle.submitted
+                if shown is not None and streaming_K[k]:
+                    new = rows.tokens(row, int(settled.before_K[k]))
+                    handle.tokens += new
+                    handle._updates.append(
+                        Update(
+                            new, int(shown.start[k]), shown.ids[k], shown.masked[k], shown.revealed[k],
+                            shown.confidence[k], int(rows.forwards_R[row]), done,
+                        )
+                    )  # fmt: skip
+                if done:
+                    last = rows.prompt_R[row] + rows.length_R[row] - 1
+                    handle.finish_reason = "stop" if rows.stop_R[row] == last else "length"
+                    self._end(handle, "finished")
+                elif streaming_K[k]:
+                    handle._notify()
+            except Exception as error:  # what goes wrong for one is no matter of the others
+                log.exception("a request failed")
+                self._end(handle, "failed", error)
         if streaming_K.any():
             with self._changed:
                 self._changed.notify_all()
 
-    def _end(self, handle: Handle, status: Status, error: Exception | None = None, row: int | None = None) -> None:
+    def _end(self, handle: Handle, status: Status, error: Exception | None = None) -> None:
         """A request ends: its row and pages are free, whoever waits is woken."""
-        if row is None:
-            row = next((r for r, h in enumerate(self._handles) if h is handle), None)
+        row = next((r for r, h in enumerate(self._handles) if h is handle), None)
         if row is not None:
-            handle.tokens = self.rows.tokens(row)
+            if not handle.request.stream:
+                handle.tokens = self.rows.tokens(row)
             handle.forwards = int(self.rows.forwards_R[row])
             if status != "failed":
                 self._register(row)
-            self.pool.release(self._pages_of[row])
-            self._handles[row], self._pages_of[row] = None, []
             self.rows.active_R[row] = False
+            self._vacate(row)
+        handle._paused = None
         handle.seconds = time.perf_counter() - handle.submitted
         handle.error = error
         with self._changed:
+            self._open -= 1
             handle.status = status
             self._changed.notify_all()
         handle._notify()
 
+    def _vacate(self, row: int) -> None:
+        self.memory.release(row)
+        self._handles[row], self._streaming_R[row] = None, False
+
     def _register(self, row: int) -> None:
         """The row's committed blocks may be reused."""
         blocks = int(self.rows.start_R[row]) // self.block_size
-        handle = self._handles[row]
-        assert handle is not None
-        self.pool.register(self.rows.ids_RC[row], self._pages_of[row][:blocks], _root(handle.config))
+        self.memory.register(row, self.rows.ids_RC[row], blocks, self._root(row))
+
+    def _root(self, row: int) -> int:
+        """The K/V of a prompt depend on how its tokens attend."""
+        return int(self.rows.grain_R[row])
+
+    def _check(self, error: Exception) -> None:
+        """After a failed step: if not even one token can be run any more, the engine stops for good."""
+        try:
+            self.runner.check(self.rows, self.memory.table_RP)
+        except Exception:
+            log.exception("nothing can be run any more; the engine stops")
+            self.error = error
+            self.close()
 
     def _run(self) -> None:
         while not self._closed:
             try:
                 worked = self.step()
-            except Exception:
+            except Exception as error:
                 log.exception("the engine stops")
-                threading.Thread(target=self.close).start()  # it waits for this thread
+                self.error = error
+                self.close()
                 return
             if not worked:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed or self._inbox)
-
-
-def _root(config: DecodeConfig) -> int:
-    """The K/V of a prompt differ between the modes."""
-    return int(config.mode == "autoregressive")

@@ -5,16 +5,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from parablock.decoding.config import DecodeConfig
 
-if TYPE_CHECKING:
-    from parablock.engine.engine import Engine
-
 log = logging.getLogger(__name__)
+
+
+class QueueFullError(RuntimeError):
+    """So many requests run or wait that the engine takes no more (`EngineConfig.max_queue`)."""
+
 
 Status = Literal["waiting", "running", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length"]
@@ -53,11 +55,21 @@ class Update:
     done: bool
 
 
+class Waiter(Protocol):
+    """An engine, as a handle sees it."""
+
+    def wait(self, handle: "Handle", *, timeout: float | None = None, for_update: bool = False) -> None:
+        """See `Engine.wait`."""
+
+    def cancel(self, handle: "Handle") -> None:
+        """See `Engine.cancel`."""
+
+
 class Handle:
     """A submitted request: its state, its tokens, and how to wait for more of them."""
 
     def __init__(
-        self, engine: "Engine", request: Request, config: DecodeConfig, listener: Callable[[], None] | None = None
+        self, engine: Waiter, request: Request, config: DecodeConfig, listener: Callable[[], None] | None = None
     ) -> None:
         self.request = request
         self.config = config  # nothing left open: what the checkpoint decides is filled in
@@ -74,6 +86,7 @@ class Handle:
         self._listener = listener
         self._updates: deque[Update] = deque()
         self._cancelled = False
+        self._paused: Any = None  # what it needs to go on, when it gave its row and pages to others
 
     @property
     def done(self) -> bool:

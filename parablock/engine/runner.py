@@ -5,7 +5,9 @@ at P pages of D tokens. G = H / H_kv heads share one K/V head.
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from parablock.decoding.proposals import propose_tokens
+from parablock.decoding.rows import Rows
 from parablock.engine.attention import lend_attention, register_runner, return_attention
 from parablock.engine.config import EngineConfig
+from parablock.engine.graphs import Graphs
+from parablock.engine.kv import KV, Pages
 from parablock.engine.paged import paged_attention, paged_attention_works
-from parablock.engine.proposals import propose_tokens
-from parablock.engine.rows import EngineRows
 from parablock.engine.schedule import Group, Plan
 from parablock.settings import Model
 
@@ -49,25 +53,18 @@ class _GroupInputs:
     limit_n: Tensor | None  # slots each row sees, where `paged_attention` is used
     mask: Tensor | None  # [n, 1, 1 or G W, P D] bool
 
+    def to(self, device: torch.device) -> "_GroupInputs":
+        limit_n = None if self.limit_n is None else self.limit_n.to(device)
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, table_nP=self.table_nP.to(device), limit_n=limit_n, mask=mask)
 
-class _Pool:
-    """K or V of one layer: `[pages, D, H_kv, d]`, seen in the ways it is written and read."""
 
-    def __init__(
-        self, pages: int, block_size: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.pages = torch.zeros(pages, block_size, *shape, dtype=dtype, device=device)
-        self.by_slot = self.pages.flatten(0, 1).transpose(0, 1)[None]  # [1, H_kv, slots, d]
-        self.strides = (0, shape[1], shape[0] * shape[1], 1)
+@dataclass(frozen=True)
+class _Inputs:
+    """What the attention of every layer needs of the current step."""
 
-    def pages_of(self, group: _GroupInputs) -> Tensor:
-        """The K or V `[n, H_kv, P D, d]` of a group's rows; a view where they lie in one piece."""
-        shape, (_, D, kv_heads, width) = group.shape, self.pages.shape
-        if shape.first_page is not None:
-            size = (1, kv_heads, shape.slots, width)
-            return self.pages.as_strided(size, self.strides, shape.first_page * D * kv_heads * width)
-        gathered = self.pages.index_select(0, group.table_nP.view(-1))
-        return gathered.view(shape.rows, shape.pages * D, kv_heads, width).transpose(1, 2)
+    slots_T: Tensor  # where the T queries' K/V are written
+    groups: list[_GroupInputs]
 
 
 class Runner:
@@ -79,17 +76,16 @@ class Runner:
         self.device = torch.device(model.device)
         self.number = next(_numbers)
         self.threads = config.threads
+        self.all_threads = torch.get_num_threads()  # here, where no step of another engine has changed it
         self.queries = 0  # tokens that all forwards ran so far, prompts included
         self.weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-        self._pool: list[tuple[_Pool, _Pool]] = []  # K and V of every layer
-        self._kv_shapes: dict[int, tuple[torch.Size, torch.Size, torch.dtype]] = {}
-        self._share = 1  # G
+        self.kv = KV()
+        self.closed = False
         self._paged = False  # attention reads the pages where they lie
-        self._groups: list[_GroupInputs] = []
-        self._slots_T = torch.zeros(0, dtype=torch.long)  # where the T queries' K/V are written
+        self._inputs: dict[torch.device, _Inputs] = {}
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device)  # keeps the model from making one
         self._forward: Any = self._call_model
-        self._graphs: dict[Any, tuple[Any, Tensor, Tensor]] | None = {} if config.cuda_graphs else None
+        self._graphs = Graphs(self.device) if config.cuda_graphs else None
         register_runner(self.number, self)
         lend_attention(model)
         try:
@@ -112,60 +108,71 @@ class Runner:
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
         return torch.compile(MethodType(own, self), dynamic=True, fullgraph=True, options=options)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """K/V memory of one token, all layers."""
-        shapes = self._kv_shapes.values()
-        return sum((k.numel() + v.numel()) * dtype.itemsize for k, v, dtype in shapes)
-
     def allocate(self, pages: int) -> None:
-        """Make the K/V memory: `pages` pages and page 0, which belongs to nobody."""
+        """Make the K/V memory of so many pages."""
         with torch.inference_mode():
-            for layer in range(len(self._kv_shapes)):
-                *shapes, dtype = self._kv_shapes[layer]
-                key, value = (_Pool(pages + 1, self.block_size, shape, dtype, self.device) for shape in shapes)
-                self._pool.append((key, value))
-        key, value = self._pool[0]
-        self._paged = paged_attention_works(key.pages, value.pages, key.pages.shape[2] * self._share)
+            self.kv.allocate(pages, self.block_size)
+        keys, values = self.kv.layers[0]
+        self._paged = paged_attention_works(keys.pages, values.pages, keys.pages.shape[2] * self.kv.share)
 
     def close(self) -> None:
         """Give the model its own attention back and free the K/V memory."""
-        return_attention(self.model)
-        self._pool.clear()
-        self._groups.clear()
+        if not self.closed:
+            self.closed = True
+            return_attention(self.model)
+            self.kv.layers.clear()
+            self._inputs.clear()
+            if self._graphs is not None:
+                self._graphs.clear()
 
-    def run(self, rows: EngineRows, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, rows: Rows, table_RP: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """One forward: a token and its confidence `[M]` for every wanted prediction. Waits for the device once."""
-        threads = torch.get_num_threads()
         self.queries += plan.tokens
-        if self.device.type == "cpu":
-            few = self.weights * plan.tokens < ONE_THREAD
-            torch.set_num_threads(self.threads or (1 if few else threads))
-        try:
-            with torch.inference_mode():
-                packed, sizes, shapes = self._pack(rows, plan)
-                if self._graphs is None:
-                    logits = self._compute(packed.to(self.device), sizes, shapes)
-                else:
-                    logits = self._replay(packed, sizes, shapes)
-                return propose_tokens(logits[: len(plan.owner_M)], rows, plan)
-        finally:
-            torch.set_num_threads(threads)
+        few = self.weights * plan.tokens < ONE_THREAD
+        with self._threads(1 if few else self.all_threads), torch.inference_mode():
+            packed, sizes, shapes = self._pack(rows, table_RP, plan)
+            if self._graphs is None:
+                logits = self._compute(packed.to(self.device), sizes, shapes)
+            else:
+                logits = self._graphs.run((tuple(sizes), shapes), packed, lambda x: self._compute(x, sizes, shapes))
+            return propose_tokens(logits[: len(plan.source_M)], rows, plan.works)
 
-    def _pack(self, rows: EngineRows, plan: Plan) -> tuple[Tensor, list[int], tuple[_GroupShape, ...]]:
+    def check(self, rows: Rows, table_RP: np.ndarray) -> None:
+        """Run one token over page 0; raises what the device raises."""
+        spare = np.array([len(rows.active_R) - 1])
+        plan = Plan([], [Group(spare, spare * 0, spare * 0 + 1, 1, 1)], spare[:0])
+        with torch.inference_mode():
+            packed, sizes, shapes = self._pack(rows, table_RP, plan)
+            self._compute(packed.to(self.device), sizes, shapes).sum().item()
+
+    @contextmanager
+    def _threads(self, wanted: int) -> Iterator[None]:
+        """On a CPU, torch works with so many threads. Engines in other threads of the process do the same meanwhile:
+        every thread has a number of its own, which is put back."""
+        if self.device.type != "cpu":
+            yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or wanted)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _pack(self, rows: Rows, table_RP: np.ndarray, plan: Plan) -> tuple[Tensor, list[int], tuple[_GroupShape, ...]]:
         """All numbers of a forward in one array, so that they travel to the device in one piece."""
         D = self.block_size
         ids, positions, slots, shapes, parts = [], [], [], [], []
         for group in plan.groups:
             position_nW = group.first_n[:, None] + np.arange(group.width)
-            table_nP = rows.table_RP[group.rows_n]
+            table_nP = table_RP[group.rows_n]
             ids.append(rows.ids_RC[group.rows_n[:, None], position_nW])
             positions.append(position_nW)
             page_nW = np.take_along_axis(table_nP, position_nW // D, 1)
             slots.append(page_nW * D + position_nW % D)
             table_nP = table_nP[:, : group.pages]
-            end_nW = (position_nW // D + 1) * D
-            limit_nW = np.where(rows.autoregressive_R[group.rows_n, None], position_nW + 1, end_nW)
+            grain_n1 = group.grain_n[:, None]
+            limit_nW = (position_nW // grain_n1 + 1) * grain_n1
             if (limit_nW == limit_nW[:, :1]).all():
                 limit_nW = limit_nW[:, :1]
             shape = self._shape(group, table_nP, limit_nW)
@@ -193,15 +200,16 @@ class Runner:
 
     def _compute(self, packed: Tensor, sizes: list[int], shapes: tuple[_GroupShape, ...]) -> Tensor:
         """Logits `[M, V]`, from the packed numbers alone."""
-        ids_T, positions_T, self._slots_T, wanted_M, *parts = torch.split(packed, sizes)
-        self._groups, base, rest = [], 0, iter(parts)
+        ids_T, positions_T, slots_T, wanted_M, *parts = torch.split(packed, sizes)
+        groups, base, rest = [], 0, iter(parts)
         for shape in shapes:
             n, W = shape.rows, shape.width
             table_nP, limit_n1 = next(rest).view(n, shape.pages), next(rest).view(n, shape.limits)
             limit_n = limit_n1[:, 0] if self._paged and shape.limits == 1 else None
             mask = self._visible(limit_n1, shape.pages) if shape.limits and limit_n is None else None
-            self._groups.append(_GroupInputs(shape, slice(base, base + n * W), table_nP, limit_n, mask))
+            groups.append(_GroupInputs(shape, slice(base, base + n * W), table_nP, limit_n, mask))
             base += n * W
+        self._inputs = {packed.device: _Inputs(slots_T, groups)}
         if not len(wanted_M):  # the head needs something to run on
             wanted_M = positions_T[:1] * 0
         logits: Tensor = self._forward(ids_T[None], positions_T[None], wanted_M)[0]
@@ -210,7 +218,7 @@ class Runner:
     def _visible(self, limit_nW: Tensor, pages: int) -> Tensor:
         """Which slots are seen: `[n, 1, 1, P D]` by a row, or `[n, 1, G W, P D]` by each of its queries."""
         slots = torch.arange(pages * self.block_size, device=limit_nW.device)
-        share = self._share if limit_nW.shape[1] > 1 else 1
+        share = self.kv.share if limit_nW.shape[1] > 1 else 1
         return (slots < limit_nW.repeat(1, share)[..., None])[:, None]
 
     def _call_model(self, ids: Tensor, positions: Tensor, wanted_M: Tensor) -> Tensor:
@@ -227,52 +235,48 @@ class Runner:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
         """Write K and V `[1, H_kv, T, d]` to their pages; every group attends to its rows' pages. `[1, T, H, e]`."""
-        if not self._pool:
-            self._note_shapes(query, key, value, layer)
+        if self.closed:
+            raise RuntimeError("the engine is closed; its K/V memory is gone")
+        if not self.kv.layers:  # not allocated yet: what it must hold is being asked
+            self.kv.note(query, key, value, layer)
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-        pools = self._pool[layer]
-        for pool, new in zip(pools, (key, value), strict=True):
-            pool.by_slot.index_copy_(2, self._slots_T, new)
-        outputs = []
-        for group in self._groups:
-            n, W = group.shape.rows, group.shape.width
-            q = query if len(self._groups) == 1 else query[:, :, group.queries]
-            if group.limit_n is not None:
-                q, k, v = q[0].transpose(0, 1), pools[0].pages, pools[1].pages
-                outputs.append(paged_attention(q, k, v, group.table_nP, group.limit_n, W, scale)[None])
-                continue
-            # the G heads of a K/V head stand as more queries of it: no K/V is repeated
-            if n == 1:
-                q = q.reshape(1, key.shape[1], -1, q.shape[3])  # [1, H_kv, G W, d]
-            else:
-                q = q.reshape(key.shape[1], -1, n, W, q.shape[3])  # [H_kv, G, n, W, d]
-                q = q.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [n, H_kv, G W, d]
-            k, v = (pool.pages_of(group) for pool in pools)
-            got = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
-            if n == 1:
-                outputs.append(got.view(1, query.shape[1], W, -1).transpose(1, 2))
-            else:
-                got = got.view(n, key.shape[1], -1, W, got.shape[3]).permute(0, 3, 1, 2, 4)  # [n, W, H_kv, G, e]
-                outputs.append(got.reshape(1, n * W, query.shape[1], -1))
+        keys, values = self.kv.layers[layer]
+        inputs = self._inputs_on(query.device)
+        for pages, new in ((keys, key), (values, value)):
+            pages.by_slot.index_copy_(2, inputs.slots_T, new)
+        groups = inputs.groups
+        outputs = [
+            _attend(query if len(groups) == 1 else query[:, :, group.queries], keys, values, group, scale)
+            for group in groups
+        ]
         return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, 1)
 
-    def _note_shapes(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
-        self._share = query.shape[1] // key.shape[1]
-        self._kv_shapes[layer] = (key[0, :, 0].shape, value[0, :, 0].shape, key.dtype)
+    def _inputs_on(self, device: torch.device) -> _Inputs:
+        """This step's inputs where a layer runs; copied once to every device but the first."""
+        if device not in self._inputs:
+            first = next(iter(self._inputs.values()))
+            self._inputs[device] = _Inputs(first.slots_T.to(device), [group.to(device) for group in first.groups])
+        return self._inputs[device]
 
-    def _replay(self, packed: Tensor, sizes: list[int], shapes: tuple[_GroupShape, ...]) -> Tensor:
-        """The same forward from a captured CUDA graph; the first time a shape is met, it is captured."""
-        assert self._graphs is not None
-        key = (tuple(sizes), shapes)
-        if key not in self._graphs:
-            static = packed.to(self.device)
-            self._compute(static, sizes, shapes)  # what is made once must not be captured
-            torch.cuda.synchronize(self.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._compute(static, sizes, shapes)
-            self._graphs[key] = (graph, static, logits)
-        graph, static, logits = self._graphs[key]
-        static.copy_(packed)
-        graph.replay()
-        return logits
+
+def _attend(query: Tensor, keys: Pages, values: Pages, group: _GroupInputs, scale: float) -> Tensor:
+    """The attention of one group: `query [1, H, n W, d]` -> `[1, n W, H, e]`."""
+    shape = group.shape
+    n, W, heads, kv_heads = shape.rows, shape.width, query.shape[1], keys.pages.shape[2]
+    if group.limit_n is not None:
+        q = query[0].transpose(0, 1)
+        return paged_attention(q, keys.pages, values.pages, group.table_nP, group.limit_n, W, scale)[None]
+    if shape.first_page is not None:
+        k, v = (pages.in_one_piece(shape.first_page, shape.slots) for pages in (keys, values))
+    else:
+        k, v = (pages.gathered(group.table_nP) for pages in (keys, values))
+    # the G heads of a K/V head stand as more queries of it: no K/V is repeated
+    if n == 1:
+        q = query.reshape(1, kv_heads, -1, query.shape[3])  # [1, H_kv, G W, d]
+        got = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
+        return got.view(1, heads, W, -1).transpose(1, 2)
+    q = query.reshape(kv_heads, -1, n, W, query.shape[3])  # [H_kv, G, n, W, d]
+    q = q.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [n, H_kv, G W, d]
+    got = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
+    got = got.view(n, kv_heads, -1, W, got.shape[3]).permute(0, 3, 1, 2, 4)  # [n, W, H_kv, G, e]
+    return got.reshape(1, n * W, heads, -1)

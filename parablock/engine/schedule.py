@@ -83,14 +83,18 @@ def _group(rows: Rows, works: list[Work], powers_of_two: bool) -> Plan:
         these = (key_n == key).nonzero()[0]
         width, pages = int(width_n[these[0]]), int(pages_n[these].max())
         base_n[these] = base + width * np.arange(len(these))
-        members = [rows_n[these], first_n[these], grain_n[these]]
+        members_n, first, grain = rows_n[these], first_n[these], grain_n[these]
         if powers_of_two:
             pages = min(_power_of_two(pages), rows.ids_RC.shape[1] // rows.block_size)
             more = _power_of_two(len(these)) - len(these)
             spare = len(rows.active_R) - 1  # a row that no request has; all its K/V lie in page 0
-            members = [np.append(x, np.full(more, fill)) for x, fill in zip(members, (spare, 0, 1), strict=True)]
-        groups.append(Group(*members, width, pages))
-        base += width * len(members[0])
+            members_n, first, grain = (
+                np.pad(members_n, (0, more), constant_values=spare),
+                np.pad(first, (0, more)),
+                np.pad(grain, (0, more), constant_values=1),
+            )
+        groups.append(Group(members_n, first, grain, width, pages))
+        base += width * len(members_n)
 
     source, before = [], 0
     for work in works:

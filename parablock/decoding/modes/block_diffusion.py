@@ -17,7 +17,7 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     D = rows.block_size
     start_n, sub_size_n = rows.start_R[which], rows.sub_block_R[which]
     masked_nD = rows.masked_block(which)
-    commit_n = ~masked_nD.any(1)
+    commit_n = np.logical_not(masked_nD.any(1))
     first_n = masked_nD.argmax(1)  # the first masked position; sub-blocks are revealed left to right
     sub_n = first_n // sub_size_n * sub_size_n  # where its sub-block begins
     # the token shift takes the prediction of a sub-block's first position from outside it
