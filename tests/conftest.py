@@ -16,9 +16,6 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import parablock as pb
-from parablock.diffusion.masks import block_causal_mask
-
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("repeatable")
 
@@ -86,42 +83,6 @@ def small_model(**changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()
-
-
-def plain_decode(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[int]:
-    """Block diffusion with no cache at all, straight from the definition; greedy, threshold, no sub-block cache."""
-    assert config.max_new_tokens is not None
-    D, S, mask_token = model.config.bd_size, config.sub_block_size, model.config.mask_token_id
-    end = len(ids) + config.max_new_tokens
-    known = list(ids)
-
-    def logits(tokens: list[int]) -> torch.Tensor:
-        blocked = ~block_causal_mask(len(tokens), D)
-        mask = torch.zeros(blocked.shape).masked_fill(blocked, torch.finfo(torch.float32).min)
-        positions = torch.arange(len(tokens))[None]
-        with torch.no_grad():
-            out = model(torch.tensor([tokens]), attention_mask=mask[None, None], position_ids=positions).logits[0]
-        out[:, mask_token] = -torch.inf
-        return out.softmax(-1)
-
-    while len(known) < end:
-        if len(known) % D == 0:
-            known.append(int(logits(known)[-1].argmax()))
-        start = len(known) // D * D if len(known) % D else len(known) - D
-        block: list[int | None] = [*known[start:], *[None] * (start + D - len(known))]
-        for sub in range(0, D, S):
-            while None in block[sub : sub + S]:
-                p = logits(known[:start] + [mask_token if t is None else t for t in block])
-                best = {
-                    i: (p[start + i - 1].max().item(), int(p[start + i - 1].argmax()))
-                    for i in range(sub, sub + S) if block[i] is None
-                }  # fmt: skip
-                top = max(best, key=lambda i: best[i][0])
-                for i, (c, token) in best.items():
-                    if c > config.threshold or i == top:
-                        block[i] = token
-        known = known[:start] + [t for t in block if t is not None]
-    return known[len(ids) : end]
 
 
 def write_official(path: Path) -> Path:

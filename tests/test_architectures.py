@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import definitions
 import pytest
 import torch
-from conftest import plain_decode
 from official_layout import official_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
@@ -153,7 +153,7 @@ def test_an_architecture_works(kind: str, tmp_path: Path) -> None:
         max_new_tokens=20, sub_block_size=4, threshold=0.5, sub_block_cache=False, stop_token_ids=()
     )
     tokens = pb.generate(again, prompt, decode).tokens
-    assert tokens == pb.generate(model, prompt, decode).tokens == [plain_decode(again, prompt, decode)]
+    assert tokens == pb.generate(model, prompt, decode).tokens == [definitions.block_diffusion(again, prompt, decode)]
     with pb.Engine(again) as engine:
         assert engine.generate([prompt, prompt[:7]], decode).tokens == [
             *tokens, *pb.generate(again, prompt[:7], decode).tokens

@@ -4,11 +4,12 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import definitions
 import numpy as np
 import pytest
 import torch
-from conftest import plain_decode, small_model
-from hypothesis import given
+from conftest import small_model
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import parablock as pb
@@ -33,11 +34,27 @@ def test_golden_generations(golden_model: Any, golden_generations: list[dict[str
         assert out.forwards <= g["forwards"]
 
 
-@pytest.mark.parametrize("length", [1, 3, 7, 8, 9, 15, 16, 17, 30])
-def test_cached_equals_recomputed(model: Any, length: int) -> None:
-    config = replace(BASE, sub_block_cache=False)
+DEFINITION_MODEL = small_model()
+DEFINITIONS = {"diffusion": definitions.block_diffusion, "autoregressive": definitions.autoregressive}
+
+
+@settings(max_examples=120)
+@given(
+    st.sampled_from(["diffusion", "autoregressive"]),
+    st.sampled_from([1, 3, 7, 8, 9, 15, 16, 17, 30]),
+    st.sampled_from([{}, {"strategy": "factor"}, {"strategy": "fixed", "tokens_per_step": 2}, {"sub_block_size": 2}]),
+    st.sampled_from([{}, {"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.7}, {"temperature": 1.2, "top_k": 4}]),
+    st.sampled_from([(), (7, 21), (3, 5, 11, 30)]),
+    st.integers(1, 24),
+)
+def test_the_definition_of_each_mode(
+    mode: Any, length: int, how: dict[str, Any], sampling: dict[str, Any], stops: tuple[int, ...], new_tokens: int
+) -> None:
+    model = DEFINITION_MODEL
+    config = replace(BASE, mode=mode, sub_block_cache=False, seed=5, **how, **sampling)
+    config = replace(config, stop_token_ids=stops, max_new_tokens=new_tokens)
     ids = prompt(length, length)
-    assert pb.generate(model, ids, config).tokens == [plain_decode(model, ids, config)]
+    assert pb.generate(model, ids, config).tokens == [DEFINITIONS[mode](model, ids, config)]
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
@@ -114,7 +131,7 @@ def test_mask_tokens_in_the_prompt_stay_what_they_are(model: Any) -> None:
     ids = [*prompt(5, 4), MASK, *prompt(6, 5), MASK]
     out = pb.generate(model, ids, replace(BASE, sub_block_cache=False))
     assert len(out.tokens[0]) == BASE.max_new_tokens
-    assert out.tokens == [plain_decode(model, ids, replace(BASE, sub_block_cache=False))]
+    assert out.tokens == [definitions.block_diffusion(model, ids, replace(BASE, sub_block_cache=False))]
 
 
 def test_a_prompt_of_exactly_one_block_is_seen(model: Any) -> None:

@@ -7,33 +7,23 @@ and `work.settle` what became known.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from parablock.decoding.config import DecodeConfig
-from parablock.decoding.modes import autoregressive, block_diffusion
+from parablock.decoding.modes.autoregressive import AUTOREGRESSIVE
+from parablock.decoding.modes.block_diffusion import BLOCK_DIFFUSION
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import Settled, Work
 
-
-class Mode(Protocol):
-    """What a file in `modes/` holds."""
-
-    CAUSAL: bool  # how clean tokens attend: causally, or with their whole block in sight
-
-    def next_work(self, rows: Rows, which: np.ndarray) -> Work:
-        """The next piece of work of each of these rows."""
-
-
-MODES: dict[str, Mode] = {"diffusion": block_diffusion, "autoregressive": autoregressive}
+MODES = {"diffusion": BLOCK_DIFFUSION, "autoregressive": AUTOREGRESSIVE}
 NUMBERS = {name: number for number, name in enumerate(MODES)}
 
 
 def begin(rows: Rows, row: int, prompt: Sequence[int] | np.ndarray, config: DecodeConfig, sample: int = 0) -> None:
     """A request begins in `row` (see `Rows.begin`)."""
     assert config.mode is not None
-    grain = 1 if MODES[config.mode].CAUSAL else rows.block_size
+    grain = 1 if MODES[config.mode].causal else rows.block_size
     rows.begin(row, prompt, config, sample, NUMBERS[config.mode], grain)
 
 

@@ -68,6 +68,14 @@ def settle_all(rows: Rows, work: Work, tokens_m: np.ndarray, confidence_m: np.nd
 
 
 @dataclass(frozen=True)
+class Mode:
+    """A way to decode. `causal`: clean tokens see what stands before them; otherwise the whole of their block, too."""
+
+    causal: bool
+    next_work: Callable[[Rows, np.ndarray], Work]  # the next piece of work of each of these rows, their prefill done
+
+
+@dataclass(frozen=True)
 class Settled:
     """What a forward did to the rows that got predictions: K rows, M predictions."""
 

@@ -5,6 +5,7 @@ Shapes: D block size, H_kv heads, d and e widths of a key and a value.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -54,10 +55,12 @@ class KV:
             key, value = (Pages(pages + 1, block_size, like) for like in self._like[layer])
             self.layers.append((key, value))
 
+    @torch.inference_mode()
     def read(self, page: int) -> list[Tensor]:
         """A copy of one page of every layer, on the host."""
         return [pages.pages[page].to("cpu", copy=True) for layer in self.layers for pages in layer]
 
+    @torch.inference_mode()
     def write(self, page: int, content: Sequence[Tensor]) -> None:
         """What `read` returned, to a page."""
         every = (pages for layer in self.layers for pages in layer)

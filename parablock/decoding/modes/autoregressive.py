@@ -3,9 +3,7 @@
 import numpy as np
 
 from parablock.decoding.rows import Rows
-from parablock.decoding.work import Work, settle_all
-
-CAUSAL = True  # a token sees itself and what stands before it
+from parablock.decoding.work import Mode, Work, settle_all
 
 
 def next_work(rows: Rows, which: np.ndarray) -> Work:
@@ -13,3 +11,6 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     position_n, one_n, number_n = rows.start_R[which], np.ones_like(which), np.arange(len(which))
     nothing_n = np.zeros_like(which)  # a token's random number depends on its position alone
     return Work(which, position_n, one_n, one_n, one_n, number_n, nothing_n, position_n + 1, nothing_n, settle_all)
+
+
+AUTOREGRESSIVE = Mode(causal=True, next_work=next_work)

@@ -7,9 +7,7 @@ import numpy as np
 
 from parablock.decoding.rows import STRATEGIES, Rows
 from parablock.decoding.unmasking import reveal
-from parablock.decoding.work import Work
-
-CAUSAL = False  # a clean token sees the whole of its block
+from parablock.decoding.work import Mode, Work
 
 
 def next_work(rows: Rows, which: np.ndarray) -> Work:
@@ -71,3 +69,6 @@ def _choose(rows: Rows, work: Work, confidence_m: np.ndarray) -> np.ndarray:
         )
     chosen_m: np.ndarray = chosen_nS[place]
     return chosen_m
+
+
+BLOCK_DIFFUSION = Mode(causal=False, next_work=next_work)

@@ -1,0 +1,106 @@
+"""What each mode computes, straight from its definition: one row at a time, no cache, everything recomputed per token.
+
+Every executor must give exactly these tokens (float32). The sub-block cache of block diffusion is an approximation of
+its own (K/V of the other sub-blocks stay as they were): it is defined by the golden vectors, and off here.
+"""
+
+from typing import Any
+
+import torch
+
+import parablock as pb
+from parablock.decoding.unmasking import propose, uniform
+from parablock.diffusion.masks import block_causal_mask
+
+
+def block_diffusion(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[int]:
+    """Denoise block by block, sub-block by sub-block; whole blocks before it are clean (Fast-dLLM v2, section 3.3)."""
+    assert config.max_new_tokens is not None
+    D, S, mask_token = model.config.bd_size, config.sub_block_size, model.config.mask_token_id
+    end = len(ids) + config.max_new_tokens
+    known: list[int | None] = list(ids)
+    forwards = 0
+
+    def predict(tokens: list[int | None], positions: list[int]) -> dict[int, tuple[float, int]]:
+        """Confidence and token at `positions`, each predicted by the one before it (token shift)."""
+        filled = [mask_token if t is None else t for t in tokens]
+        logits = _logits(model, filled, block_causal_mask(len(filled), D))
+        return {p: _propose(logits[p - 1], config, mask_token, p, forwards) for p in positions}
+
+    while True:
+        start = (len(known) - 1) // D * D
+        if len(known) % D == 0 and _whole(known, len(ids), end, config) is None:
+            known.append(predict(known, [len(known)])[len(known)][1])  # of a prompt's end, or of a commit
+            forwards += len(known) - 1 > len(ids)
+            start = len(known) - 1
+        known += [None] * (start + D - len(known))
+        for sub in range(start, start + D, S):
+            while None in known[sub : sub + S] and _whole(known, len(ids), end, config) is None:
+                masked = [p for p in range(sub, sub + S) if known[p] is None]
+                for p, token in _reveal(predict(known, masked), config).items():
+                    known[p] = token
+                forwards += 1
+        whole = _whole(known, len(ids), end, config)
+        if whole is not None:
+            return whole
+
+
+def autoregressive(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[int]:
+    """One token at a time, each from a causal forward over all before it."""
+    assert config.max_new_tokens is not None
+    known: list[int | None] = list(ids)
+    end = len(ids) + config.max_new_tokens
+    while (whole := _whole(known, len(ids), end, config)) is None:
+        tokens = [t for t in known if t is not None]
+        logits = _logits(model, tokens, torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril())
+        mask_token = getattr(model.config, "mask_token_id", None)
+        known.append(_propose(logits[-1], config, mask_token, len(known), 0)[1])
+    return whole
+
+
+def _whole(known: list[int | None], prompt: int, end: int, config: pb.DecodeConfig) -> list[int] | None:
+    """The response if it is whole: up to a stop token without a mask before it, or of full length."""
+    response = known[prompt:end]
+    tokens = [t for t in response[: response.index(None) if None in response else None] if t is not None]
+    for i, token in enumerate(tokens):
+        if token in (config.stop_token_ids or ()):
+            return tokens[: i + 1]
+    return tokens if len(tokens) == end - prompt else None
+
+
+def _logits(model: Any, tokens: list[int], attends: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(attends.shape).masked_fill(~attends, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        positions = torch.arange(len(tokens))[None]
+        logits: torch.Tensor = model(
+            torch.tensor([tokens]), attention_mask=mask[None, None], position_ids=positions
+        ).logits[0]
+    return logits
+
+
+def _propose(
+    logits: torch.Tensor, config: pb.DecodeConfig, mask_token: int | None, position: int, draw: int
+) -> tuple[float, int]:
+    """Confidence and token; sampled with the random number of (seed, sample 0, position, draw)."""
+    if mask_token is not None:
+        logits[mask_token] = -torch.inf
+    number = None
+    if config.temperature > 0:
+        assert config.seed is not None
+        number = uniform(config.seed, *(torch.tensor([[i]]) for i in (0, position, draw)))
+    token, confidence = propose(
+        logits[None, None], number, temperature=config.temperature or 1.0, top_p=config.top_p, top_k=config.top_k
+    )
+    return confidence.item(), int(token)
+
+
+def _reveal(proposed: dict[int, tuple[float, int]], config: pb.DecodeConfig) -> dict[int, int]:
+    """Which of the proposed tokens are revealed, by position."""
+    ordered = sorted(proposed, key=lambda p: -proposed[p][0])
+    enough = {
+        "threshold": lambda n, confidence: confidence > config.threshold,
+        "factor": lambda n, confidence: (n + 1) * (1 - confidence) < config.factor,
+        "fixed": lambda n, confidence: n <= config.tokens_per_step,
+    }[config.strategy]
+    counts = [n for n, p in enumerate(ordered, start=1) if enough(n, proposed[p][0])]
+    return {p: proposed[p][1] for p in ordered[: max(counts, default=1)]}
