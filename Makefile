@@ -26,7 +26,7 @@ types: $(VENV)/.dev
 
 # the documentation site, in build/site; a broken link or a missing reference is an error
 docs: $(VENV)/.dev
-	$(BIN)/python scripts/site.py
+	$(BIN)/python scripts/docs_site.py
 
 # the wheel is built, installed beside the environment's libraries, and answers a question
 build: $(VENV)/.dev

@@ -1,11 +1,11 @@
 """Build the documentation site: gather the pages, build them strictly, check what came out.
 
-    python scripts/site.py
+    python scripts/docs_site.py
 
-Pages are the files of docs/ and a few of the repository's own (PAGES). Links are written for the repository, where every
-file has its place; here links to pages lead to pages, other files are copied beside them, and a link to a folder, which
-has no page, becomes plain text. The result, build/site, fetches nothing from elsewhere; `check_site` sees to that and to
-every link, picture and anchor.
+Pages are the files of docs/ and a few of the repository's own (PAGES). Links are written for the repository, where
+every file has its place; here links to pages lead to pages, other files are copied beside them, and a link to a folder,
+which has no page, becomes plain text. The result, build/site, fetches nothing from elsewhere; `check_site` sees to that
+and to every link, picture and anchor.
 """
 
 import re
@@ -32,16 +32,21 @@ def gather(out: Path) -> None:
     """Write all pages and the files they link to into the folder `out`."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    shutil.copyfile(DOCS / "style.css", out / "style.css")
     for source, name in PAGES.items():
         pieces = re.split(r"(^```.*?^```)", source.read_text(), flags=re.M | re.S)  # code is left alone
-        text = "".join(p if p.startswith("```") else LINK.sub(lambda m: _link(m, source, out), p) for p in pieces)
-        (out / name).write_text(text)
+        (out / name).write_text("".join(p if p.startswith("```") else _with_links(p, source, out) for p in pieces))
+
+
+def _with_links(text: str, source: Path, out: Path) -> str:
+    """Text of `source` with links as the site has them."""
+    return LINK.sub(lambda match: _link(match, source, out), text)
 
 
 def _link(match: re.Match[str], source: Path, out: Path) -> str:
     """One link of `source`, as the site has it; what it leads to is copied if it is no page."""
-    label, target, anchor = match[1], match[2], match[3] or ""
-    label = LINK.sub(lambda m: _link(m, source, out), label)  # a picture that is a link
+    target, anchor = match[2], match[3] or ""
+    label = _with_links(match[1], source, out)  # which may be a picture
     path = (source.parent / target).resolve()
     if urlsplit(target).scheme:
         place = target
@@ -54,7 +59,7 @@ def _link(match: re.Match[str], source: Path, out: Path) -> str:
         (out / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / place)
     else:
-        raise ValueError(f"{source.relative_to(ROOT)} links to {target}: no page and no file; mend the link, or add it to PAGES")
+        raise ValueError(f"{source.name} links to {target}: no page and no file; mend the link, or add it to PAGES")
     return f"[{label}]({place}{anchor})"
 
 
@@ -75,13 +80,15 @@ class _Page(HTMLParser):
 
 
 def check_site(site: Path) -> list[str]:
-    """What is wrong with a built site, one line each: outside files that a page would fetch, links that lead nowhere."""
+    """What is wrong with a built site, in lines: outside files that a page would fetch, links that lead nowhere."""
     pages = {path: _Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
     wrong = []
     for path, page in pages.items():
         name = path.relative_to(site)
         wrong += [f"{name} loads {load}" for load in page.loads if urlsplit(load).netloc]
-        for link in {link for link in page.links + page.loads if not urlsplit(link).scheme and not urlsplit(link).netloc}:
+        for link in {
+            link for link in page.links + page.loads if not urlsplit(link).scheme and not urlsplit(link).netloc
+        }:
             parts = urlsplit(link)
             place = site if parts.path.startswith("/") else path.parent
             target = (place / unquote(parts.path).lstrip("/")).resolve() if parts.path else path
