@@ -6,7 +6,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 # waiting threads must not spin: on a shared machine that slows small models down many times
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test check lint types build bench clean
+.PHONY: demo test check lint types docs build bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/parablock demo
@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-check: lint types test build
+check: lint types docs test build
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -23,6 +23,10 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# the documentation site, in build/site; a broken link or a missing reference is an error
+docs: $(VENV)/.dev
+	$(BIN)/python scripts/docs_site.py
 
 # the wheel is built, installed beside the environment's libraries, and answers a question
 build: $(VENV)/.dev
@@ -50,8 +54,8 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[train,plot,app,eval,dev]'
+	$(PIP) --editable '.[train,plot,app,eval,docs,dev]'
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -7,7 +7,7 @@ model, tokenizer = pb.load("bundled")
 questions = [
     "Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?",
     "Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?",
-    "Lio had 30 books but lost 12 of them. How many books does Lio have now?",
+    "Lio had 30 books but lost 12 of them. Lio buys 4 more. How many books does Lio have now?",
 ]
 prompts = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
 
