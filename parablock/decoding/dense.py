@@ -33,13 +33,15 @@ class Dense:
         # rows that begin alike see alike, so one mask serves all; what a repeated query sees does not matter
         seen_RQ = first_R1 + span_Q if (first_R1 == first_R1[0]).all() else position_RQ
         limit_RQ = (seen_RQ // grain_R1 + 1) * grain_R1
-        keep, index_m = np.unique(work.query_m, return_inverse=True)
-        if not len(keep):  # the head needs something to run on
-            keep = np.zeros(1, dtype=np.int64)
+        asked_Q = np.zeros(len(span_Q), dtype=bool)
+        asked_Q[work.query_m] = True
+        if not len(work.query_m):  # the head needs something to run on
+            asked_Q[0] = True
+        keep, index_m = asked_Q.nonzero()[0], (asked_Q.cumsum() - 1)[work.query_m]
         ids_RQ = rows.ids_RC[np.arange(len(position_RQ))[:, None], position_RQ]
         logits_RKV = self._forward(ids_RQ, position_RQ, slot_RQ, limit_RQ, keep)
-        if len(logits_RKV) == 1 and len(keep) == len(index_m):  # one row asks for these and in this order
-            return logits_RKV[0]
+        if len(index_m) == len(logits_RKV) * len(keep):  # every row asks for all of them
+            return logits_RKV.flatten(0, 1)
         row, index = torch.from_numpy(np.stack([work.row_m, index_m])).to(logits_RKV.device)
         return logits_RKV[row, index]
 
