@@ -15,7 +15,7 @@ from parablock.data.chat import encode_chat, encode_prompt
 from parablock.data.word_problems import word_problem
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-model, tokenizer = pb.load("bundled-ar", block_size=32)  # of your AR model: a directory or a hub id
+model, tokenizer = pb.load("bundled-ar")  # of your AR model: a directory or a hub id
 
 chats = [word_problem("train", 1, i).messages() for i in range(32 * steps)]  # [{"role": ..., "content": ...}, ...]
 samples = [encode_chat(tokenizer, chat) for chat in chats]

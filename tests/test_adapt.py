@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED
 from parablock.data.chat import IGNORE, encode_chat
 from parablock.data.formats import to_chat
 from parablock.data.packing import pack

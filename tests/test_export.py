@@ -16,7 +16,7 @@ from test_architectures import WORKS, write_ar_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED
 
 QUESTION = "Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?"
 FIELDS: dict[str, Any] = {"max_new_tokens": 60, "threshold": 0.9}

@@ -14,7 +14,7 @@ from conftest import small_model
 from safetensors.torch import load_file
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED
 from parablock.data.chat import Sample
 from parablock.training.optimizer import build_optimizer, orthogonalize
 from parablock.training.rows import RowDataset, collate

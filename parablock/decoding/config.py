@@ -14,7 +14,10 @@ Strategy = Literal["threshold", "factor", "fixed"]
 class DecodeConfig:
     """How text is decoded; what is None the checkpoint or the context decides."""
 
-    mode: Mode = setting("diffusion", help="'diffusion' (several tokens per forward) or 'autoregressive' (one).")
+    mode: Mode | None = setting(
+        None,
+        help="'diffusion' (several tokens per forward), 'autoregressive'. Default: what the checkpoint was made for.",
+    )
     max_new_tokens: int | None = setting(
         None, help="The answer is at most this long, exactly. Default: 512, less if the context is shorter."
     )
@@ -39,7 +42,8 @@ class DecodeConfig:
     seed: int | None = setting(None, help="Makes sampling repeatable. Default: a fresh one.")
 
     def __post_init__(self) -> None:
-        require_choice("mode", self.mode, Mode)
+        if self.mode is not None:
+            require_choice("mode", self.mode, Mode)
         require_choice("strategy", self.strategy, Strategy)
         require_at_least(self, 1, "max_new_tokens", "block_size", "sub_block_size", "tokens_per_step", "top_k")
         require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")

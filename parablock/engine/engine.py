@@ -47,9 +47,7 @@ class Engine:
 
     def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
-        block_size = self.config.block_size or getattr(model.config, "bd_size", None)
-        if block_size is None:
-            raise ValueError("the checkpoint names no block size; set EngineConfig(block_size=...)")
+        block_size = self.config.block_size or getattr(model.config, "bd_size", None) or 32  # an AR model has none
         context = model.config.max_position_embeddings
         if self.config.max_context is not None and self.config.max_context > context:
             raise ValueError(f"max_context={self.config.max_context} exceeds the model's context of {context} tokens")
