@@ -65,7 +65,7 @@ def write_checkpoints(folder: Path) -> dict[str, Path]:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from parablock.checkpoints.load import BUNDLED
+    from parablock.checkpoints.look import BUNDLED
 
     config = Qwen2Config(
         vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,

@@ -53,9 +53,7 @@ def load(name: str) -> tuple[Any, Any]:
     """`seed-N` is trained if it does not lie there yet."""
     logging.disable_progress_bar()
     where: str | Path = train_model(int(name.removeprefix("seed-"))) if name.startswith("seed-") else name
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pb.load(str(where), device="cpu", dtype="float32")
+    return pb.load(str(where), device="cpu", dtype="float32")
 
 
 def questions(name: str, count: int) -> list[Problem]:

@@ -9,7 +9,6 @@ import json
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,7 @@ def _adapt(model: Any, tokenizer: Any, seed: int, steps: int, losses: list[float
 
 def _start() -> tuple[Any, Any]:
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pb.load("bundled-ar", device="cpu")
+    return pb.load("bundled-ar", device="cpu")
 
 
 def run_variant(variant: str, seed: int) -> None:

@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +25,6 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import parablock as pb
-from parablock.checkpoints.load import NotAdaptedWarning
 from parablock.data.word_problems import EncodedProblems
 from parablock.diffusion.noise import sample_noise
 from parablock.diffusion.objective import autoregressive_loss
@@ -134,7 +132,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--large-repeats", type=int, default=0, help="of the 0.5B shape (ten minutes, 12 GB)")
     args = parser.parse_args()
-    warnings.simplefilter("ignore", NotAdaptedWarning)
     model, tokenizer = pb.load("bundled-ar", device="cpu")  # where an adaptation starts
     batches = make_batches(tokenizer, model.config.mask_token_id, args.samples)
     batches["half of a row is prompt"] = half_prompt(600, 12, 256)

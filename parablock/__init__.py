@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from parablock.engine.engine import Engine
     from parablock.engine.request import Handle, Request, Update
     from parablock.training.config import TrainConfig
+    from parablock.training.mask_token import prepare
     from parablock.training.trainer import train
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOME = {
     "export": "checkpoints.export",
     "generate": "decoding.generate",
     "load": "checkpoints.load",
+    "prepare": "training.mask_token",
     "sample_noise": "diffusion.noise",
     "save": "checkpoints.save",
     "stream": "decoding.generate",
@@ -57,6 +59,7 @@ __all__ = [
     "export",
     "generate",
     "load",
+    "prepare",
     "sample_noise",
     "save",
     "stream",

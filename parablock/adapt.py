@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from parablock.checkpoints.load import NotAdaptedWarning, load
+from parablock.checkpoints.load import load
 from parablock.checkpoints.save import save
 from parablock.data.chat import IGNORE, Sample
 from parablock.data.sources import Data, load_data
@@ -27,6 +26,7 @@ from parablock.evals.machine import machine
 from parablock.settings import Model, require_library
 from parablock.training.config import AdaptConfig
 from parablock.training.cost import GPUS, Cost, Shape, estimate
+from parablock.training.mask_token import prepare
 from parablock.training.recipe import write_recipe
 from parablock.training.rows import RowDataset
 from parablock.training.trainer import padding_token, train
@@ -49,7 +49,7 @@ def adapt(config: AdaptConfig, output: Path, console: Console, *, resume: bool =
     if first:  # the others may come when it has begun to write
         _require_free(output, resume or dry_run)
     console.quiet = not first
-    model, tokenizer = _load(config)
+    model, tokenizer = _load(config, console)
     data = load_data(
         tokenizer, config.data, context_length=config.context_length, too_long=config.too_long,
         max_samples=config.max_samples, streaming=config.streaming, workers=config.data_workers,
@@ -72,7 +72,7 @@ def adapt(config: AdaptConfig, output: Path, console: Console, *, resume: bool =
             progress=log, callbacks=checks,
         )  # fmt: skip
     if config.mode == "autoregressive":
-        model.config.bd_size = None  # it is no block-diffusion checkpoint yet
+        model.config.bd_size = None  # it is no block-diffusion checkpoint, or is no longer
     save(model, tokenizer, output / MODEL)
     if first:
         report = {"seconds": time.perf_counter() - started, **machine()}
@@ -87,12 +87,12 @@ def _require_free(output: Path, may_hold_a_run: bool) -> None:
         raise ValueError(f"{str(output)!r} is not empty; pass --resume to continue the run there, or name a new folder")
 
 
-def _load(config: AdaptConfig) -> tuple[Model, Any]:
+def _load(config: AdaptConfig, console: Console) -> tuple[Model, Any]:
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32  # frozen weights need no more
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotAdaptedWarning)  # that is what comes next
-        model, tokenizer = load(config.model, dtype=dtype, device=device)
+    model, tokenizer = load(config.model, dtype=dtype, device=device)
+    if config.mode == "diffusion" and (added := prepare(model, tokenizer, config.block_size)):
+        console.print(f"added: {added}", soft_wrap=True)
     if config.lora_rank:
         require_library("peft", "train")
         from peft import LoraConfig, get_peft_model

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from parablock import __version__
 from parablock.bench.config import BenchConfig
+from parablock.checkpoints.look import BUNDLED_MODELS, announce, look
 from parablock.decoding.config import DecodeConfig
 from parablock.evals.config import EvalConfig
 from parablock.options import NOTHING, Given, options
@@ -27,11 +27,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A checkpoint directory, a hub id, 'bundled' or 'bundled-ar'.")
-]
-
-
+WHICH = "A checkpoint: directory, hub id, 'bundled' or 'bundled-ar'."
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=WHICH)]
+ArOption = Annotated[str | None, typer.Option(help="A model for AR. Default: the same; for 'bundled' its AR model.")]
+ModelArgument = Annotated[str, typer.Argument(help=WHICH)]
+DtypeOption = Annotated[str | None, typer.Option(help="'float32' or 'bfloat16'. Default: float32 on a CPU.")]
 decode_options = options(DecodeConfig, "Decoding")
 
 
@@ -52,11 +52,12 @@ def generate(
     assert text is not None
     if not text.strip():
         raise ValueError("the prompt is empty; pass it as an argument or on stdin")
-    from parablock.checkpoints.load import load_to_decode
+    announce(look(model), config)
+    from parablock.checkpoints.load import load
     from parablock.data.chat import encode_prompt
     from parablock.decoding.generate import generate as decode
 
-    loaded, tokenizer = load_to_decode(model, config.mode)
+    loaded, tokenizer = load(model)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(text)["input_ids"]
     else:
@@ -65,12 +66,10 @@ def generate(
     answer = tokenizer.decode(out.tokens[0], skip_special_tokens=True)
     if as_json:
         figures = {
-            "new_tokens": out.new_tokens,
-            "forwards": out.forwards,
+            "new_tokens": out.new_tokens, "forwards": out.forwards, "seconds": round(out.seconds, 4),
             "tokens_per_forward": round(out.tokens_per_forward, 3),
             "tokens_per_second": round(out.tokens_per_second, 1),
-            "seconds": round(out.seconds, 4),
-        }
+        }  # fmt: skip
         print(json.dumps({"model": model, "text": answer, "tokens": out.tokens[0], **figures}, ensure_ascii=False))
     else:
         print(answer)
@@ -88,12 +87,13 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal."""
     config = DecodeConfig(**given)
+    announce(look(model), config)
     from rich.console import Console
 
     from parablock.app.terminal import chat as converse
-    from parablock.checkpoints.load import BUNDLED_MODELS, load_to_decode
+    from parablock.checkpoints.load import load
 
-    loaded, tokenizer = load_to_decode(model, config.mode)
+    loaded, tokenizer = load(model)
     keep = model not in BUNDLED_MODELS if history is None else history
     converse(loaded, tokenizer, config, Console(highlight=False), history=keep)
 
@@ -108,13 +108,14 @@ def web_app(
     url: Annotated[
         str | None, typer.Option(help="A running parablock server (its key in PARABLOCK_API_KEY). Default: its own.")
     ] = None,
-    ar: Annotated[
-        str | None, typer.Option(help="The model for AR in a race. Default: the same; for 'bundled' the AR model.")
-    ] = None,
+    ar: ArOption = None,
 ) -> None:
     """A web page: watch answers being denoised, replay them, race AR against block diffusion."""
     for library in ("gradio", "uvicorn", "httpx"):
         require_library(library, "app")
+    if url is None:
+        announce(look(model or "bundled"), DecodeConfig())
+        look(ar or "bundled-ar")
     from parablock.app.launch import run_app
 
     run_app(model, ar, url, host, port)
@@ -154,6 +155,7 @@ def adapt(
 
     settings = read_recipe(recipe) if recipe else {}
     config = make_config(settings | ({"model": model} if model else {}) | given)
+    look(config.model)
     from rich.console import Console
 
     from parablock.adapt import adapt as run
@@ -174,18 +176,12 @@ def export(
         str,
         typer.Option(help="'stock' (the architecture's own), 'official' (Fast-dLLM v2) or 'standalone' (with code)."),
     ] = "stock",
-    block_size: Annotated[int | None, typer.Option(help="For an AR checkpoint: what it will be adapted with.")] = None,
 ) -> None:
     """Write a checkpoint for others: stock, in the official Fast-dLLM v2 layout, or with its decoder in it."""
-    from parablock.checkpoints.export import export as write
-    from parablock.checkpoints.export import require_layout
-    from parablock.checkpoints.load import load
-    from parablock.checkpoints.save import require_new
+    checkpoint = look(model)
+    from parablock.checkpoints.export import export_checkpoint
 
-    known = require_layout(layout)
-    require_new(output)  # wrong arguments are told before anything is loaded
-    loaded, tokenizer = load(model, block_size=block_size, dtype="auto", device="cpu")
-    write(loaded, tokenizer, output, known)
+    export_checkpoint(checkpoint, output, layout)
     size = sum(file.stat().st_size for file in output.rglob("*"))
     print(f"{output}: layout {layout}, {size / 1e6:.1f} MB; its README.md says how to use it")
 
@@ -193,27 +189,24 @@ def export(
 @app.command()
 @options(BenchConfig, "Cases")
 def bench(
-    model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled'.")] = "bundled",
+    model: ModelArgument = "bundled",
     random_weights: Annotated[
         str | None, typer.Option(help="Measure a shape instead: '0.5b', '1.5b', '7b', or a config.json.")
     ] = None,
-    ar: Annotated[
-        str | None, typer.Option(help="The checkpoint for AR. Default: the same; for 'bundled' the AR model.")
-    ] = None,
+    ar: ArOption = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts, one per line. Default: the bundled task's, or random tokens.")
     ] = None,
     block_size: Annotated[int, typer.Option(help="With random weights.")] = 32,
-    dtype: Annotated[str | None, typer.Option(help="'float32' or 'bfloat16'. Default: float32 on a CPU.")] = None,
+    dtype: DtypeOption = None,
     folder: Annotated[Path, typer.Option(help="Where table, plots and JSON go.")] = Path("parablock-bench"),
     given: Given = NOTHING,
 ) -> None:
     """Measure speed: AR against block diffusion in the same engine."""
     config = BenchConfig(**given)
-    if random_weights is not None:
-        config = replace(
-            config, tokens_per_step=config.tokens_per_step or 4, prompt_tokens=config.prompt_tokens or (64,)
-        )
+    if random_weights is None:
+        announce(look(model), DecodeConfig())
+        look(ar or "bundled-ar")
     from rich.console import Console
 
     from parablock.bench.command import run_bench
@@ -228,8 +221,8 @@ def bench(
 @options(DecodeConfig, "Decoding", into="decoding", sparse=True)
 @options(EvalConfig, "Questions")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled', 'bundled-ar'.")] = "bundled",
-    dtype: Annotated[str | None, typer.Option(help="'float32' or 'bfloat16'. Default: float32 on a CPU.")] = None,
+    model: ModelArgument = "bundled",
+    dtype: DtypeOption = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: slower start, faster steps.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where the files go. Default: a new folder in parablock-eval.")
@@ -251,6 +244,7 @@ def evaluate(
         run_compare(*compare, console)
         return
     config = EvalConfig(**given)
+    announce(look(model), DecodeConfig(**decoding))
     from parablock.evals.command import run_eval
 
     run_eval(model, config, decoding, console, output, dtype=dtype, compile=compiled)
@@ -259,18 +253,20 @@ def evaluate(
 @app.command()
 @options(ServeConfig, "Server")
 def serve(
-    model: Annotated[str, typer.Argument(help="A checkpoint: directory, hub id, 'bundled', 'bundled-ar'.")] = "bundled",
+    model: ModelArgument = "bundled",
     also: Annotated[list[str] | None, typer.Option(help="One more model in the same server (repeatable).")] = None,
     given: Given = NOTHING,
 ) -> None:
     """Serve models over OpenAI's HTTP interface; the key, if there is one, is in PARABLOCK_API_KEY."""
     config = ServeConfig(**given)
-    require_library("uvicorn", "serve")
-    require_library("fastapi", "serve")
-    require_library("prometheus_client", "serve")
+    for library in ("uvicorn", "fastapi", "prometheus_client"):
+        require_library(library, "serve")
+    names = [model, *(also or [])]
+    for name in names:
+        announce(look(name), DecodeConfig())
     from parablock.server.command import run_server
 
-    run_server([model, *(also or [])], config, os.environ.get("PARABLOCK_API_KEY") or None)
+    run_server(names, config, os.environ.get("PARABLOCK_API_KEY") or None)
 
 
 @app.callback(invoke_without_command=True)

@@ -8,7 +8,6 @@ import copy
 import json
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -21,7 +20,7 @@ from rich.table import Table
 
 from parablock.bench.compare import Contender, Result, compare, fastest_setting
 from parablock.bench.plots import plot_denoising, plot_thresholds
-from parablock.checkpoints.load import NotAdaptedWarning, load
+from parablock.checkpoints.load import load
 from parablock.data.chat import Sample, encode_prompt
 from parablock.data.word_problems import EncodedProblems, Problem
 from parablock.decoding.config import DecodeConfig
@@ -77,9 +76,7 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         directory.mkdir(parents=True, exist_ok=True)
     problems = test_problems(config.seed, config.problems)
     diffusion, tokenizer = load("bundled")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotAdaptedWarning)  # that is what the demo is about
-        ar, _ = load("bundled-ar")
+    ar, _ = load("bundled-ar")
     size = sum(p.numel() for p in ar.parameters()) / 1e6
     console.print(f"[bold]parablock demo[/]: a {size:.1f}M-parameter AR model becomes a block-diffusion model")
     console.print(f"test problems: {config.problems}, seed {config.seed} (none of them in the training data)\n")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED, look
 from parablock.data.chat import IGNORE, encode_chat
 from parablock.data.formats import to_chat
 from parablock.data.packing import pack
@@ -208,6 +208,9 @@ def test_lora_under_torchrun(tmp_path: Path) -> None:
     model, tokenizer = pb.load(tmp_path / "run" / "model")
     assert type(model).__name__ == "PeftModelForCausalLM"
     assert model.config.bd_size == 16
+    checkpoint = look(tmp_path / "run" / "model")
+    assert checkpoint.base is not None
+    assert (checkpoint.adapted, checkpoint.base.adapted) == (True, False)
     pb.export(model, tokenizer, tmp_path / "merged")
 
 

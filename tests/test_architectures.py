@@ -1,5 +1,6 @@
 """Every architecture: load, adapt, save, reload, decode; the table in docs/architectures.md is what these tests saw."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from official_layout import official_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED
 from parablock.data.chat import Sample
 
 DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -109,13 +110,17 @@ def counting(count: int) -> list[Sample]:
 def test_an_architecture_works(kind: str, tmp_path: Path) -> None:
     example, shape = WORKS[kind]
     original = write_ar_checkpoint(tmp_path / "ar", kind, shape)
-    with pytest.warns(UserWarning, match="is an AR checkpoint; prepared for adaptation"):
-        model, tokenizer = pb.load(tmp_path / "ar", block_size=8)
+    model, tokenizer = pb.load(tmp_path / "ar")
     prompt = list(range(11, 21))
 
     # the AR model that was, in our AR loop and in transformers'
-    config = pb.DecodeConfig(mode="autoregressive", max_new_tokens=12, stop_token_ids=())
+    config = pb.DecodeConfig(max_new_tokens=12, stop_token_ids=())
     theirs = original.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert pb.generate(model, prompt, config).tokens == [theirs[0, 10:].tolist()]
+
+    # ready for adaptation it still is that model
+    pb.prepare(model, tokenizer, 8)
+    config = replace(config, mode="autoregressive")
     assert pb.generate(model, prompt, config).tokens == [theirs[0, 10:].tolist()]
 
     # the loss, from the model's own logits in the published layout

@@ -15,7 +15,7 @@ from test_architectures import SHAPE, write_ar_checkpoint
 from transformers import AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED, NotAdaptedWarning
+from parablock.checkpoints.look import BUNDLED, announce, look
 
 
 def test_round_trip_keeps_weights_tokens_and_fields(tmp_path: Path) -> None:
@@ -33,9 +33,7 @@ def test_round_trip_keeps_weights_tokens_and_fields(tmp_path: Path) -> None:
 
 def test_bundled_models_are_stock_and_small() -> None:
     for name in ("bundled", "bundled-ar"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotAdaptedWarning)
-            model, tokenizer = pb.load(name)
+        model, tokenizer = pb.load(name)
         assert type(model).__module__ == "transformers.models.qwen2.modeling_qwen2"
         assert model.dtype == torch.float32
         assert not model.training
@@ -91,13 +89,41 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
         pb.load(broken(tmp_path, rename))
 
 
-def test_a_checkpoint_without_mask_token_decodes_autoregressively_only() -> None:
-    with pytest.warns(NotAdaptedWarning):
-        model, _ = pb.load("bundled-ar")
-    del model.config.mask_token_id
-    with pytest.raises(ValueError, match="names no mask token"):
-        pb.generate(model, [1, 2, 3])
-    assert pb.generate(model, [1, 2, 3], pb.DecodeConfig(mode="autoregressive", max_new_tokens=4)).tokens
+def test_an_ar_checkpoint_is_loaded_as_it_is_and_decodes_autoregressively(tmp_path: Path) -> None:
+    path = ar_checkpoint(tmp_path / "ar", 604)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, tokenizer = pb.load(path)
+    before = load_file(path / "model.safetensors")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert (model.config.vocab_size, tokenizer.mask_token, len(tokenizer)) == (604, None, 604)
+    ar = pb.DecodeConfig(mode="autoregressive", max_new_tokens=12)
+    out = pb.generate(model, [[1, 2, 3], [4]], pb.DecodeConfig(max_new_tokens=12))
+    assert out.tokens == pb.generate(model, [[1, 2, 3], [4]], ar).tokens
+    assert out.decode_forwards == [11, 11]  # one token each, besides the prefill's
+    with pb.Engine(model) as engine:
+        assert engine.generate([[1, 2, 3], [4]], pb.DecodeConfig(max_new_tokens=12)).tokens == out.tokens
+    with pytest.raises(ValueError, match=r"mode='diffusion': .*never adapted.*parablock adapt.*mode='autoregressive'"):
+        pb.generate(model, [1, 2, 3], pb.DecodeConfig(mode="diffusion"))
+
+
+def test_what_a_checkpoint_was_made_for(
+    tmp_path: Path, official_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ar, published = look(ar_checkpoint(tmp_path / "ar", 604)), look(official_directory)
+    assert [(c.block_size, c.mask_token_id, c.adapted) for c in (look("bundled"), ar, published)] == [
+        (32, 3, True), (None, None, False), (32, 151665, True)
+    ]  # fmt: skip
+    capsys.readouterr()
+    for checkpoint in (look("bundled"), published):
+        announce(checkpoint, pb.DecodeConfig())
+        announce(checkpoint, pb.DecodeConfig(mode="diffusion"))
+    announce(ar, pb.DecodeConfig(mode="autoregressive"))
+    assert capsys.readouterr().err == ""  # nobody is surprised
+    announce(ar, pb.DecodeConfig())
+    assert "was never adapted to block diffusion: it decodes autoregressively" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"mode='diffusion': .* never adapted.*--mode autoregressive"):
+        announce(ar, pb.DecodeConfig(mode="diffusion"))
 
 
 def ar_checkpoint(path: Path, rows: int, **changes: Any) -> Path:
@@ -108,10 +134,9 @@ def ar_checkpoint(path: Path, rows: int, **changes: Any) -> Path:
 
 def test_an_unused_row_becomes_the_mask_token(tmp_path: Path) -> None:
     path = ar_checkpoint(tmp_path / "ar", 640)
-    with pytest.warns(
-        UserWarning, match=r"\(id 604, an unused row of the embeddings\), block size 32.*mode='autoregressive'"
-    ):
-        model, tokenizer = pb.load(path)
+    model, tokenizer = pb.load(path)
+    added = pb.prepare(model, tokenizer)
+    assert added == "mask token '|<MASK>|' (id 604, an unused row of the embeddings)"
     assert (tokenizer.mask_token, tokenizer.mask_token_id, model.config.mask_token_id) == ("|<MASK>|", 604, 604)
     assert (model.config.bd_size, model.config.vocab_size) == (32, 640)
     before = load_file(path / "model.safetensors")
@@ -126,17 +151,18 @@ def test_an_unused_row_becomes_the_mask_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_new_row_becomes_the_mask_token(tmp_path: Path, tied: bool) -> None:
     path = ar_checkpoint(tmp_path / "ar", 604, tie_word_embeddings=tied)
-    with pytest.warns(UserWarning, match=r"\(id 604, a new row: the embeddings grew from 604 to 640\), block size 16"):
-        model, tokenizer = pb.load(path, block_size=16)
+    model, tokenizer = pb.load(path)
+    added = pb.prepare(model, tokenizer, 16)
+    assert added == "mask token '|<MASK>|' (id 604, a new row: the embeddings grew from 604 to 640)"
     assert (model.config.mask_token_id, model.config.bd_size, model.config.vocab_size) == (604, 16, 640)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding is head) is tied
     for matrix in (embedding, head):
         torch.testing.assert_close(matrix[604:], matrix[:604].mean(0).expand(36, -1))
     pb.save(model, tokenizer, tmp_path / "ready")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is prepared: nothing to say any more
-        again, tokenizer_again = pb.load(tmp_path / "ready")
+    assert look(tmp_path / "ready").adapted
+    again, tokenizer_again = pb.load(tmp_path / "ready")
+    assert pb.prepare(again, tokenizer_again, 16) is None
     assert torch.equal(again.get_input_embeddings().weight, embedding)
     assert (again.config.bd_size, again.config.mask_token_id, tokenizer_again.mask_token_id) == (16, 604, 604)
 
@@ -144,8 +170,8 @@ def test_a_new_row_becomes_the_mask_token(tmp_path: Path, tied: bool) -> None:
 def test_a_mask_token_that_the_tokenizer_has_is_kept(tmp_path: Path) -> None:
     model = write_ar_checkpoint(tmp_path / "ar", "qwen2", {**SHAPE, "vocab_size": 640})
     AutoTokenizer.from_pretrained(BUNDLED / "diffusion").save_pretrained(tmp_path / "ar")
-    with pytest.warns(UserWarning, match=r"\(id 3, which the tokenizer had\)"):
-        loaded, _ = pb.load(tmp_path / "ar")
+    loaded, tokenizer = pb.load(tmp_path / "ar")
+    assert pb.prepare(loaded, tokenizer) == "mask token '<|mask|>' (id 3, which the tokenizer had)"
     assert loaded.config.mask_token_id == 3
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
@@ -165,17 +191,11 @@ def test_a_qwen_checkpoint_gets_the_published_mask_token(tmp_path: Path) -> None
         content.get("added_tokens_decoder", {}).pop("151665", None)
         (path / name).write_text(json.dumps(content, ensure_ascii=False))
     assert AutoTokenizer.from_pretrained(path).convert_tokens_to_ids("|<MASK>|") is None
-    with pytest.warns(UserWarning, match=r"\(id \d+, an unused row of the embeddings\)"):
-        model, tokenizer = pb.load(path)
+    model, tokenizer = pb.load(path)
+    assert "an unused row of the embeddings" in (pb.prepare(model, tokenizer) or "")
     assert tokenizer.mask_token == "|<MASK>|"
     assert model.config.mask_token_id == tokenizer.mask_token_id
     assert tokenizer("<|im_end|>|<MASK>|")["input_ids"] == [151645, tokenizer.mask_token_id]
-
-
-def test_another_block_size_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"block_size=16, but the checkpoint was trained with 32.*costs accuracy"):
-        model, _ = pb.load("bundled", block_size=16)
-    assert model.config.bd_size == 16
 
 
 def test_wrong_shapes_and_missing_tensors_are_named(tmp_path: Path) -> None:
@@ -193,7 +213,7 @@ def test_wrong_shapes_and_missing_tensors_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"could not be loaded \(.*`num_hidden_layers` \(7\) must be equal"):
         pb.load(path)
     (path / "config.json").write_text("{ not json")
-    with pytest.raises(ValueError, match="could not be loaded"):
+    with pytest.raises(ValueError, match=r"config\.json' is not JSON"):
         pb.load(path)
 
 

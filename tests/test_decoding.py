@@ -322,13 +322,13 @@ def test_bad_requests_are_named(model: Any) -> None:
         pb.generate(small_model(use_sliding_window=True, sliding_window=4, max_window_layers=0), [1], BASE)
     plain = small_model()
     del plain.config.mask_token_id
-    with pytest.raises(ValueError, match="names no mask token"):
+    with pytest.raises(ValueError, match="mode='diffusion': the checkpoint names no mask token"):
         pb.generate(plain, [1], replace(BASE, mode="diffusion"))
     assert pb.generate(plain, [1], replace(BASE, mask_token_id=MASK)).tokens
     ar = pb.generate(plain, [1], replace(BASE, mode="autoregressive")).tokens
     assert pb.generate(plain, [1], BASE).tokens == ar  # a model that was never adapted has no other mode
     del plain.config.bd_size
-    with pytest.raises(ValueError, match="names no block size"):
+    with pytest.raises(ValueError, match="names no block size, it was never adapted"):
         pb.generate(plain, [1], replace(BASE, mode="diffusion", mask_token_id=MASK))
     with pytest.raises(TypeError, match="speed"):
         pb.DecodeConfig(speed=3)  # type: ignore[call-arg]

@@ -16,7 +16,7 @@ from test_architectures import WORKS, write_ar_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED, look
 
 QUESTION = "Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?"
 FIELDS: dict[str, Any] = {"max_new_tokens": 60, "threshold": 0.9}
@@ -120,8 +120,8 @@ def test_standalone_decodes_where_parablock_is_not_installed(bundled: tuple[Any,
 
 def test_standalone_works_for_any_architecture(tmp_path: Path) -> None:
     write_ar_checkpoint(tmp_path / "ar", "llama", WORKS["llama"][1])
-    with pytest.warns(UserWarning, match="prepared for adaptation"):
-        model, tokenizer = pb.load(tmp_path / "ar", block_size=8)
+    model, tokenizer = pb.load(tmp_path / "ar")
+    pb.prepare(model, tokenizer, 8)
     pb.export(model, tokenizer, tmp_path / "standalone", "standalone")
     ids = list(range(20, 31))
     config = pb.DecodeConfig(max_new_tokens=20, threshold=0.5, sub_block_size=4)
@@ -168,15 +168,17 @@ def test_official_files_round_trip(official_directory: Path, tmp_path: Path) -> 
 def adapter(tmp_path: Path) -> Path:
     """A LoRA adapter with weights of its own over a small AR checkpoint without a mask token."""
     write_ar_checkpoint(tmp_path / "base", "qwen3", WORKS["qwen3"][1])
-    with pytest.warns(UserWarning, match="prepared"):
-        model, _ = pb.load(tmp_path / "base")
+    model, tokenizer = pb.load(tmp_path / "base")
+    pb.prepare(model, tokenizer, 16)
     torch.manual_seed(1)
     lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    lora.save_pretrained(tmp_path / "adapter")
+    pb.save(lora, tokenizer, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 def test_lora_adapters_are_loaded_and_merged(adapter: Path, tmp_path: Path) -> None:
+    checkpoint = look(adapter)
+    assert (checkpoint.adapted, checkpoint.block_size, look(checkpoint.base.target).adapted) == (True, 16, False)  # type: ignore[union-attr]
     model, tokenizer = pb.load(adapter)
     assert isinstance(model, PeftModel)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -214,6 +216,9 @@ def test_bad_adapters(adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="names no base_model_name_or_path"):
         pb.load(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "block_diffusion.json").unlink()
+    assert not look(adapter).adapted  # a LoRA adapter of the AR model
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"no adapter_model\.safetensors"):
         pb.load(adapter)

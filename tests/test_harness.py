@@ -283,7 +283,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         (["bundled", "--tasks", "word_problems", "--threshold", "2"], "threshold=2.0"),
         ([tmp_path / "plain", "--tasks", "word_problems", "--chat"], "no chat template"),
         (["--compare", tmp_path, tmp_path], "holds no results.json"),
-        (["bundled-ar", "--tasks", "word_problems"], "Until it is adapted"),
+        (["bundled-ar", "--tasks", "word_problems", "--mode", "diffusion"], "never adapted"),
         (["no/such/model", "--tasks", "word_problems"], "no/such/model"),
     ]
     started = [

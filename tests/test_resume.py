@@ -16,7 +16,7 @@ from test_training import CONFIG, ENVIRONMENT, run_worker, samples, worker
 from transformers import AutoTokenizer, TrainerCallback
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED
 from parablock.training.guards import TrainingStoppedError, checkpoints
 
 LONG: dict[str, Any] = {"steps": 24, "log_every": 1, "save_every": 2, "optimizer": "adamw"}
@@ -95,7 +95,7 @@ from dataclasses import replace
 from transformers import AutoTokenizer, TrainerCallback
 import parablock as pb
 from conftest import small_model
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED
 from test_training import CONFIG, samples
 
 class Fill(TrainerCallback):

@@ -85,7 +85,6 @@ def test_settings_reach_the_decoder(server: Served, bundled: tuple[Any, Any]) ->
         assert other.choices[0].message.content == answers(bundled, pb.DecodeConfig(**strategy))[0]
 
 
-@pytest.mark.filterwarnings("ignore::parablock.checkpoints.load.NotAdaptedWarning")
 def test_models(server: Served) -> None:
     assert [model.id for model in server.client.models.list()] == ["bundled", "bundled-ar"]
     model, tokenizer = pb.load("bundled-ar")

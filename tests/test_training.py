@@ -1,5 +1,6 @@
 """The recipe: rows, the optimizer, and real short trainings with transformers' Trainer."""
 
+import copy
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from conftest import small_model
 from safetensors.torch import load_file
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED
 from parablock.data.chat import Sample
 from parablock.training.optimizer import build_optimizer, orthogonalize
 from parablock.training.rows import RowDataset, collate
@@ -271,11 +272,16 @@ def test_an_interrupted_training_continues(tokenizer: Any, tmp_path: Path) -> No
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_missing_is_named(tokenizer: Any, tmp_path: Path) -> None:
-    model = small_model()
-    del model.config.mask_token_id
-    with pytest.raises(ValueError, match="mask_token_id is missing"):
-        pb.train(model, tokenizer, samples(6), CONFIG, tmp_path)
+def test_only_an_adaptation_adds_mask_token_and_block_size(tokenizer: Any, tmp_path: Path) -> None:
+    for mode, expected in (("autoregressive", (None, None)), ("diffusion", (8, tokenizer.mask_token_id))):
+        model = small_model()
+        model.config.bd_size = model.config.mask_token_id = None
+        pb.train(model, tokenizer, samples(6), replace(CONFIG, mode=mode, steps=1), tmp_path / mode)
+        assert (model.config.bd_size, model.config.mask_token_id) == expected
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        pb.train(model, tokenizer, samples(6), replace(CONFIG, mode="autoregressive"), tmp_path / "unpadded")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from test_training import CONFIG, samples
 from transformers import AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.load import BUNDLED
+from parablock.checkpoints.look import BUNDLED
 
 if __name__ == "__main__":
     folder, changes, resume = Path(sys.argv[1]), json.loads(sys.argv[2]), "--resume" in sys.argv

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from parablock.app.client import Client
-from parablock.checkpoints.load import BUNDLED_MODELS
+from parablock.checkpoints.look import BUNDLED_MODELS
 
 GENERAL = (
     "Explain in three sentences why the sky is blue.",
@@ -34,14 +34,13 @@ def run_app(model: str | None, ar: str | None, url: str | None, host: str, port:
         client = Client(url.rstrip("/").removesuffix("/v1"), key)
         name, counterpart = _choose(client, model, ar)
     cards = {card["id"]: card["parablock"] for card in client.models()}
-    if "diffusion" not in cards[name]["modes"]:
-        raise ValueError(f"model={name!r} was never adapted to block diffusion; adapt it with: parablock adapt")
     from parablock.app.page import Site, build, look
 
     bundled = name in BUNDLED_MODELS
     site = Site(
         client, name, counterpart, cards[name]["block_size"], cards[name]["context"],
-        history=not bundled, slower=10 if bundled else 1, examples=_problems() if bundled else GENERAL,
+        adapted="diffusion" in cards[name]["modes"], history=not bundled, slower=10 if bundled else 1,
+        examples=_problems() if bundled else GENERAL,
     )  # fmt: skip
     page = build(site)
     page.launch(
@@ -65,16 +64,14 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _choose(client: Client, model: str | None, ar: str | None) -> tuple[str, str]:
-    """The two models of a running server: those named, else the first that was adapted and its AR counterpart."""
+    """The two models of a running server: those named, else the first (that was adapted) and its AR counterpart."""
     cards = client.models()
     known = [card["id"] for card in cards]
     for option, name in (("model", model), ("ar", ar)):
         if name is not None and name not in known:
             raise ValueError(f"{option}={name!r} is not on {client.url}; it has: {', '.join(known)}")
     adapted = [card["id"] for card in cards if "diffusion" in card["parablock"]["modes"]]
-    if not adapted:
-        raise ValueError(f"{client.url} has no model adapted to block diffusion; start: parablock serve bundled")
-    chosen = model or adapted[0]
+    chosen = model or [*adapted, *known][0]
     return chosen, ar or ("bundled-ar" if chosen == "bundled" and "bundled-ar" in known else chosen)
 
 

@@ -22,6 +22,7 @@ FONTS = ("Inter", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica
 class Site:
     """What the page shows: two models of one server. `ar` may be the same model, decoded token by token.
 
+    `adapted`: whether `model` decodes by block diffusion; one that does not is shown token by token, and races nobody.
     `history`: send earlier turns along unless the user says otherwise. `slower`: how many times slower than it came an
     answer is shown at first.
     """
@@ -31,6 +32,7 @@ class Site:
     ar: str
     block_size: int
     context: int
+    adapted: bool
     history: bool
     slower: int
     examples: tuple[str, ...]
@@ -114,10 +116,11 @@ async def answer(
         )
     ]
     messages.append({"role": "user", "content": question})
-    lanes = [Lane(DIFFUSION, {"model": site.model, "messages": messages, **settings.diffusion()})]
-    if race:
-        body = {"model": site.ar, "messages": messages, "mode": "autoregressive", **settings.common()}
-        lanes.append(Lane(AUTOREGRESSIVE, body))
+    body = {"messages": messages, "mode": "autoregressive", **settings.common()}
+    lanes = [Lane(AUTOREGRESSIVE, {**body, "model": site.ar if site.adapted else site.model})]
+    if site.adapted:
+        diffusion = Lane(DIFFUSION, {"model": site.model, "messages": messages, **settings.diffusion()})
+        lanes = [diffusion, *lanes] if race else [diffusion]
     yield view(site, session, question, lanes, "running")
     async for _ in run(site.client, lanes, lambda: session.stop):
         yield view(site, session, question, lanes, "running")
@@ -151,7 +154,7 @@ def build(site: Site) -> gr.Blocks:
                     )  # fmt: skip
                 with gr.Row(elem_classes="pb-ask"):
                     ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=60)
-                    race = gr.Button("Race AR", elem_id="race", min_width=60)
+                    race = gr.Button("Race AR", elem_id="race", min_width=60, visible=site.adapted)
                     stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=60)
                     clear = gr.Button("New chat", elem_id="clear", min_width=60)
                 gr.Examples(list(site.examples), box, label="Examples", elem_id="examples")
@@ -224,7 +227,8 @@ def look() -> dict[str, Any]:
 def _head(site: Site) -> str:
     from html import escape
 
-    facts = (("model", site.model), ("block size", site.block_size), ("AR", site.ar))
+    facts: list[tuple[str, object]] = [("model", site.model)]
+    facts += [("block size", site.block_size), ("AR", site.ar)] if site.adapted else [("AR", "one token per forward")]
     pills = "".join(f"<span>{name} <b>{escape(str(fact))}</b></span>" for name, fact in facts)
     return (
         '<div class="pb-head"><h1><i></i><i></i>parablock</h1>'

@@ -1,6 +1,6 @@
 """What `parablock bench` does: models and prompts, the measurement with its progress, the table, the files."""
 
-import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ def run_bench(
     """
     require_library("matplotlib", "plot")  # told before minutes are spent
     if random_weights is not None:
+        config = replace(
+            config, tokens_per_step=config.tokens_per_step or 4, prompt_tokens=config.prompt_tokens or (64,)
+        )
         workload, name = _random_workload(random_weights, block_size, dtype), f"random weights, {random_weights}"
     else:
         workload, name = _workload(model, ar, prompts, dtype), model
@@ -51,7 +54,7 @@ def run_bench(
     setting = content["setting"]
     printed = Table(
         *COLUMNS[:SHOWN],
-        title=f"{name} on {setting['processor']}, torch {setting['torch']}, {workload.models['diffusion'].dtype}; "
+        title=f"{name} on {setting['processor']}, torch {setting['torch']}, {workload.models['autoregressive'].dtype}; "
         f"medians of {config.repeats} interleaved repeats",
     )
     printed.columns[0].no_wrap = True
@@ -72,8 +75,9 @@ def _random_workload(shape: str, block_size: int, dtype: str | None) -> Workload
 
 
 def _workload(model: str, ar: str | None, prompts: Path | None, dtype: str | None) -> Workload:
-    from parablock.checkpoints.load import NotAdaptedWarning, load
+    from parablock.checkpoints.load import load
     from parablock.data.chat import encode_prompt
+    from parablock.diffusion.support import is_adapted
     from parablock.evals.word_problems import test_problems
 
     if prompts is not None:
@@ -84,16 +88,18 @@ def _workload(model: str, ar: str | None, prompts: Path | None, dtype: str | Non
         questions = [problem.question for problem in test_problems(1, TASK_PROMPTS)]
     kind = None if dtype is None else _dtype(dtype)
     loaded, tokenizer = load(model, dtype=kind)
+    if ar is not None and not is_adapted(loaded.config):
+        raise ValueError(f"ar={ar!r}: {model} was never adapted and decodes autoregressively itself; leave --ar out")
     other = ar or ("bundled-ar" if model == "bundled" else None)
     autoregressive = loaded
     if other is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotAdaptedWarning)
-            autoregressive, _ = load(other, dtype=kind)
+        autoregressive, _ = load(other, dtype=kind)
     if tokenizer.chat_template is None:
         encoded = [tokenizer(question)["input_ids"] for question in questions]
     else:
         encoded = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
+    if not is_adapted(loaded.config):
+        return Workload({"autoregressive": loaded}, encoded, len(tokenizer))
     return Workload({"diffusion": loaded, "autoregressive": autoregressive}, encoded, loaded.config.mask_token_id)
 
 

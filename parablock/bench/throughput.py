@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload:
-    """The models (one per mode; they may be the same) and natural prompts, if there are any."""
+    """The models, one per mode that is measured (they may be the same), and natural prompts, if there are any."""
 
     models: dict[Mode, Any]
     prompts: Sequence[list[int]]
@@ -75,7 +75,7 @@ def measure(
     workload: Workload, config: BenchConfig, *, progress: Callable[[int, int, Case], None] | None = None
 ) -> list[tuple[Case, list[Measured]]]:
     """Run every case `config.repeats` times, interleaved, after a warm-up each."""
-    lines = cases(config)
+    lines = [case for case in cases(config) if case.mode in workload.models]
     results: list[list[Measured]] = [[] for _ in lines]
     total = (config.repeats + 1) * len(lines)
     with ExitStack() as open_engines:
@@ -110,7 +110,7 @@ def _engine(workload: Workload, config: BenchConfig, mode: Mode, compiled: bool)
             max_context=min(
                 longest + config.new_tokens + 64, workload.models[mode].config.max_position_embeddings
             ),
-            block_size=workload.models["diffusion"].config.bd_size,
+            block_size=workload.models["diffusion"].config.bd_size if "diffusion" in workload.models else None,
             prefix_cache=False,  # every prompt is prefilled: what is repeated must not become faster
             compile=compiled,
             threads=config.threads,

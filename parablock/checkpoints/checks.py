@@ -1,12 +1,10 @@
 """What can be told about a checkpoint before its weights are read: every refusal says what is wrong and what to do."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
-
-from parablock.diffusion.support import require_full_attention, require_open_attention
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -18,6 +16,8 @@ def check_directory(path: Path) -> None:
     Raises:
         ValueError: it is not so.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not (path / "config.json").is_file():
         raise ValueError(f"{str(path)!r} has no config.json; point to a checkpoint in transformers' layout")
     weights = sorted(path.glob("*.safetensors"))
@@ -40,7 +40,7 @@ def check_directory(path: Path) -> None:
             )
     for file in weights:
         try:
-            with safe_open(file, framework="pt"):
+            with safe_open(file, framework="np"):
                 pass
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is truncated or damaged ({error}); download or copy it again") from error
@@ -53,6 +53,8 @@ def check_architecture(config: Any, name: str) -> None:
         ValueError: an encoder, an encoder-decoder, or layers that block diffusion cannot run.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    from parablock.diffusion.support import require_full_attention
 
     kind = type(config)
     # transformers loads BERT as a causal model, too, but it was not trained as one
@@ -72,6 +74,8 @@ def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
         ValueError: tensors that do not fit, or that are not in the checkpoint (transformers would leave them random),
             or an attention that block diffusion cannot use.
     """
+    from parablock.diffusion.support import require_open_attention
+
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         key, found, wanted = mismatched[0]
@@ -95,3 +99,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); download or copy it again") from error
     return content
+
+
+@contextmanager
+def in_one_line(name: str) -> Iterator[None]:
+    """The first line of what the libraries say, as a ValueError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ImportError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise ValueError(
+            f"{name} could not be loaded ({reason}); pass a directory in transformers' layout with "
+            "safetensors weights, or an id that is on the hub or in its local cache"
+        ) from error

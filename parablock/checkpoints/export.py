@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from parablock.checkpoints.official import MODEL_TYPE as OFFICIAL
-from parablock.checkpoints.save import new_directory
+from parablock.checkpoints.load import load
+from parablock.checkpoints.look import OFFICIAL, Checkpoint
+from parablock.checkpoints.save import new_directory, require_new
 from parablock.checkpoints.standalone import CLASS, MODULE, write_code
 from parablock.settings import Model
 
@@ -34,7 +35,7 @@ def export(model: Model, tokenizer: Any, path: str | Path, layout: Layout = "sto
     config = model.config
     for name in ("bd_size", "mask_token_id"):
         if getattr(config, name, None) is None:
-            raise ValueError(f"the model's config has no {name}; adapt it first, or load it with parablock.load")
+            raise ValueError(f"the model's config has no {name}: there is no block-diffusion model to export; adapt it")
     if layout == "official" and config.model_type not in ("qwen2", OFFICIAL):
         raise ValueError(f"a {config.model_type} model has no official layout (Qwen2 only); use stock or standalone")
     with new_directory(path) as whole:
@@ -46,6 +47,22 @@ def export(model: Model, tokenizer: Any, path: str | Path, layout: Layout = "sto
             write_code(whole, written["architectures"][0])
         (whole / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         (whole / "README.md").write_text(_card(layout, config))
+
+
+def export_checkpoint(checkpoint: Checkpoint, path: Path, layout: str) -> None:
+    """Load a checkpoint and export it; wrong arguments are told before its weights are read.
+
+    Raises:
+        ValueError: as `export`, and for a checkpoint that was never adapted.
+    """
+    known = require_layout(layout)
+    require_new(path)
+    if not checkpoint.adapted:
+        raise ValueError(
+            f"{checkpoint.name} was never adapted to block diffusion, so there is nothing to export; adapt it with: "
+            f"parablock adapt {checkpoint.name}"
+        )
+    export(*load(checkpoint.name, dtype="auto", device="cpu"), path, known)
 
 
 def require_layout(name: str) -> Layout:

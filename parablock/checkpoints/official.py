@@ -11,17 +11,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.auto import tokenization_auto
 
-from parablock.checkpoints.mask_token import MASK_TOKEN
+from parablock.checkpoints.look import OFFICIAL
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.transformers_generate import generate_ids
-
-MODEL_TYPE = "Fast_dLLM_Qwen"
+from parablock.training.mask_token import MASK_TOKEN
 
 
 class Fast_dLLM_QwenConfig(Qwen2Config):  # type: ignore[no-untyped-call]  # noqa: N801
     """Qwen2's config with the block size and the mask token (which the published files lack)."""
 
-    model_type = MODEL_TYPE
+    model_type = OFFICIAL
     bd_size: int = 32
     mask_token_id: int = 151665
 
@@ -86,6 +85,7 @@ class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):  # type: ignore[no-untyped-ca
         if stopping_criteria is not None:
             raise ValueError("stopping_criteria is not supported; use stop_token and max_new_tokens")
         config = DecodeConfig(
+            mode="diffusion",
             max_new_tokens=max_new_tokens,
             mask_token_id=mask_id,
             threshold=threshold,
@@ -116,5 +116,5 @@ AutoTokenizer.register(  # type: ignore[no-untyped-call]
     Fast_dLLM_QwenConfig, tokenizer_class=Fast_dLLM_QwenTokenizer, exist_ok=True
 )
 # the published files name Qwen2Tokenizer; transformers lists the model types whose files name the wrong class
-tokenization_auto.TOKENIZER_MAPPING_NAMES[MODEL_TYPE] = Fast_dLLM_QwenTokenizer.__name__
-tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(MODEL_TYPE)
+tokenization_auto.TOKENIZER_MAPPING_NAMES[OFFICIAL] = Fast_dLLM_QwenTokenizer.__name__
+tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(OFFICIAL)

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import distributed
 
+from parablock.checkpoints.look import ADAPTER, ADAPTER_FIELDS
 from parablock.settings import Model
-
-ADAPTER_FIELDS = "block_diffusion.json"  # what a LoRA adapter's own files have no place for
 
 
 def save(model: Model, tokenizer: Any, path: str | Path) -> None:
@@ -29,7 +28,7 @@ def save(model: Model, tokenizer: Any, path: str | Path) -> None:
     with new_directory(path) as whole:
         model.save_pretrained(whole, state_dict=weights)
         tokenizer.save_pretrained(whole)
-        if (whole / "adapter_config.json").is_file():
+        if (whole / ADAPTER).is_file():
             fields = {name: getattr(model.config, name, None) for name in ("bd_size", "mask_token_id")}
             (whole / ADAPTER_FIELDS).write_text(json.dumps(fields) + "\n")
 

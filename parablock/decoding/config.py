@@ -16,8 +16,7 @@ class DecodeConfig:
 
     mode: Mode | None = setting(
         None,
-        help="'diffusion' (several tokens per forward) or 'autoregressive' (one). Default: what the checkpoint was "
-        "made for.",
+        help="'diffusion' (several tokens per forward), 'autoregressive'. Default: what the checkpoint was made for.",
     )
     max_new_tokens: int | None = setting(
         None, help="The answer is at most this long, exactly. Default: 512, less if the context is shorter."

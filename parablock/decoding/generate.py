@@ -160,19 +160,14 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
     mask_token_id = config.mask_token_id
     if mask_token_id is None:
         mask_token_id = getattr(own, "mask_token_id", None)
-    mode = config.mode
-    if mode is None:
-        mode = "autoregressive" if block_size is None or mask_token_id is None else "diffusion"
+    adapted = getattr(own, "bd_size", None) is not None and mask_token_id is not None
+    mode = config.mode or ("diffusion" if adapted else "autoregressive")
     if mode == "diffusion":
-        if mask_token_id is None:
+        if block_size is None or mask_token_id is None:
+            lacking = "mask token" if mask_token_id is None else "block size"
             raise ValueError(
-                "the checkpoint names no mask token; set mask_token_id in its config, pass "
-                "DecodeConfig(mask_token_id=...), or decode with mode='autoregressive'"
-            )
-        if block_size is None:
-            raise ValueError(
-                "the checkpoint names no block size; set bd_size in its config, pass DecodeConfig(block_size=...), "
-                "or decode with mode='autoregressive'"
+                f"mode='diffusion': the checkpoint names no {lacking}, it was never adapted to block diffusion; adapt "
+                "it with parablock adapt, or decode with mode='autoregressive'"
             )
         config.check_sub_block(block_size)
         if getattr(own, "bd_size", None) not in (None, block_size):

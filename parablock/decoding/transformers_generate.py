@@ -54,6 +54,7 @@ def custom_generate(
         sampling = {name: getattr(generation_config, name) or default for name, default in given.items()}
     stops = generation_config.eos_token_id
     config = DecodeConfig(
+        mode="diffusion",
         max_new_tokens=generation_config.max_length - input_ids.shape[1],
         block_size=block_size,
         sub_block_size=sub_block_size,

@@ -13,6 +13,11 @@ PROBE = "parablock_probe"
 _probed: set[type] = set()  # architectures that passed: the answer is the same for all their checkpoints
 
 
+def is_adapted(config: Any) -> bool:
+    """Whether a model (its config) was made for block diffusion."""
+    return getattr(config, "bd_size", None) is not None and getattr(config, "mask_token_id", None) is not None
+
+
 def require_full_attention(config: Any) -> None:
     """ValueError for a model (its config) that our masks and cache would silently get wrong (sliding, linear ...)."""
     layers = getattr(config, "layer_types", None)

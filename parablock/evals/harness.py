@@ -92,9 +92,9 @@ class ParablockLM(TemplateLM):  # type: ignore[misc]
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             device = self._join(device)
         if isinstance(pretrained, (str, Path)):
-            from parablock.checkpoints.load import load_to_decode
+            from parablock.checkpoints.load import load
 
-            pretrained, tokenizer = load_to_decode(pretrained, config.mode, device=device, dtype=dtype)
+            pretrained, tokenizer = load(pretrained, device=device, dtype=dtype)
         self.model: Model = pretrained
         self.tokenizer = tokenizer
         self.config = replace(

@@ -147,11 +147,8 @@ def _answer(
     state: State, served: ServedModel, body: Body, request: Request, prompts: list[list[int]], *, chat: bool
 ) -> Response:
     """Decode `n` answers to every prompt, whole or as a stream."""
-    if body.mode == "diffusion" and not served.adapted:
-        message = f"mode='diffusion': {served.name} is an AR model that was never adapted; use mode='autoregressive'"
-        raise ApiError(400, message, "mode", "invalid_value")
     try:
-        config = body.decode_config(served.mode)
+        config = body.decode_config()
     except ValueError as error:
         raise from_value_error(error) from None
     context = served.engine.max_context

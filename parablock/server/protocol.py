@@ -150,10 +150,10 @@ class Body(Strict):
         """The most tokens of an answer."""
         return self.max_tokens
 
-    def decode_config(self, mode: Mode) -> DecodeConfig:
+    def decode_config(self) -> DecodeConfig:
         """The settings; what is left out has `DecodeConfig`'s default, so without a temperature decoding is greedy."""
         given = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
-        return DecodeConfig(**{"mode": mode, **given}, max_new_tokens=self.longest())
+        return DecodeConfig(**given, max_new_tokens=self.longest())
 
 
 class ChatBody(Body):

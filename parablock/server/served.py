@@ -1,12 +1,11 @@
 """The models of a server: each with its tokenizer and its own engine."""
 
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from parablock.checkpoints.load import NotAdaptedWarning, load
-from parablock.decoding.config import Mode
+from parablock.checkpoints.load import load
+from parablock.diffusion.support import is_adapted
 from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
 from parablock.settings import Model
@@ -15,19 +14,14 @@ from parablock.settings import Model
 class ServedModel:
     """One model, its engine running in a thread of its own."""
 
-    def __init__(self, name: str, model: Model, tokenizer: Any, config: EngineConfig, *, adapted: bool = True) -> None:
+    def __init__(self, name: str, model: Model, tokenizer: Any, config: EngineConfig) -> None:
         self.name = name
         self.tokenizer = tokenizer
-        self.adapted = adapted  # False: an AR model, of which block diffusion would be nonsense
+        self.adapted = is_adapted(model.config)  # False: an AR model, of which block diffusion would be nonsense
         self.engine = Engine(model, config)
         self.engine.start()
         self.created = int(time.time())
         self.open = 0  # answers that have not ended
-
-    @property
-    def mode(self) -> Mode:
-        """How it decodes unless told otherwise."""
-        return "diffusion" if self.adapted else "autoregressive"
 
     def card(self) -> dict[str, Any]:
         """Its entry in the list of models."""
@@ -53,11 +47,4 @@ def load_models(names: Sequence[str], config: EngineConfig) -> list[ServedModel]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"the model {name!r} is given twice; name every model once")
-    served = []
-    for name in names:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always", NotAdaptedWarning)
-            model, tokenizer = load(name)
-        adapted = not any(issubclass(w.category, NotAdaptedWarning) for w in told)
-        served.append(ServedModel(name, model, tokenizer, config, adapted=adapted))
-    return served
+    return [ServedModel(name, *load(name), config) for name in names]

@@ -20,6 +20,7 @@ from parablock.diffusion.support import attention as using_attention
 from parablock.settings import Model
 from parablock.training.config import TrainConfig
 from parablock.training.guards import Guards, TrainingStoppedError, checkpoints, last_good, remove_broken
+from parablock.training.mask_token import prepare
 from parablock.training.optimizer import build_optimizer
 from parablock.training.rows import RowDataset, collate
 
@@ -51,15 +52,15 @@ def train(
 ) -> Model:
     """Train `model` in place on `samples`; returns it.
 
-    With `mode="diffusion"` the model's config must hold `mask_token_id`; block size and mask id are recorded there, so
-    that what is saved afterwards is a block-diffusion checkpoint. `lengths`: the samples' token counts, if known.
-    `output_dir` receives the Trainer's own checkpoints (every `save_every` steps); with `resume` training continues
-    from the newest whole one there, if there is any, and ends with the very weights of a run that was never
-    interrupted. `progress(step, logs)` is called every `log_every` steps with the Trainer's log (`loss`, ...). SIGTERM
-    ends the run after the step, with a checkpoint.
+    With `mode="diffusion"` the model gets a mask token if it has none, and its config records both it and the block
+    size (`prepare`), so that what is saved afterwards is a block-diffusion checkpoint. `lengths`: the samples' token
+    counts, if known. `output_dir` receives the Trainer's own checkpoints (every `save_every` steps); with `resume`
+    training continues from the newest whole one there, if there is any, and ends with the very weights of a run that
+    was never interrupted. `progress(step, logs)` is called every `log_every` steps with the Trainer's log (`loss`,
+    ...). SIGTERM ends the run after the step, with a checkpoint.
 
     Raises:
-        ValueError: no mask or padding token, no samples, checkpoints in `output_dir` without `resume`, or a loss that
+        ValueError: no padding token, no samples, checkpoints in `output_dir` without `resume`, or a loss that
             is no longer a number.
         OSError: a checkpoint could not be written (a full disk); the message names the last good one.
         TrainingStoppedError: SIGTERM.
@@ -67,6 +68,8 @@ def train(
     folder = Path(output_dir)
     if checkpoints(folder) and not resume:
         raise ValueError(f"{str(folder)!r} holds checkpoints; pass resume=True to continue, or name another folder")
+    if config.mode == "diffusion":
+        prepare(model, tokenizer, config.block_size)
     padding = padding_token(model, tokenizer, config)
     guards = Guards(model, folder)
     common: dict[str, Any] = {
@@ -79,8 +82,6 @@ def train(
     if config.optimizer == "muon":
         muon = build_optimizer(model, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
         common["optimizers"] = (muon, None)
-    if config.mode == "diffusion":
-        model.config.bd_size = config.block_size
     with _loss_as_forward(model, config, padding):
         trainer = Trainer(**common)
         trainer.remove_callback(PrinterCallback)
@@ -180,8 +181,6 @@ def padding_token(model: Model, tokenizer: PreTrainedTokenizerBase, config: Trai
     block is masked, too. A padding token there would tell the model in training where the answer ends.
     """
     if config.mode == "diffusion":
-        if getattr(model.config, "mask_token_id", None) is None:
-            raise ValueError("model.config.mask_token_id is missing; name the token that stands at masked positions")
         return int(model.config.mask_token_id)
     if not isinstance(tokenizer.pad_token_id, int):
         raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")

@@ -1,41 +1,34 @@
-"""Make an AR checkpoint ready for adaptation: a mask token, and a block size."""
+"""Make an AR model ready for adaptation: a mask token, and a block size."""
 
 from typing import Any
 
 import torch
 
-from parablock.decoding.generate import warn_of_block_size
 from parablock.settings import Model
 
 MASK_TOKEN = "|<MASK>|"  # as in the published Fast-dLLM v2 checkpoints
-DEFAULT_BLOCK_SIZE = 32
 ROWS = 64  # new embedding rows come in multiples of this: matrix products like them
 
 
-def prepare(model: Model, tokenizer: Any, block_size: int | None) -> str | None:
-    """Record mask token and block size in the model's config, and the mask token in the tokenizer.
+def prepare(model: Model, tokenizer: Any, block_size: int = 32) -> str | None:
+    """Record block size and mask token in the model's config, and the mask token in the tokenizer.
 
-    A block-diffusion checkpoint names both: they are kept, with a warning when `block_size` differs. Otherwise the mask
-    token is the tokenizer's own or a new one, whose embedding is an unused row where the matrix has one (Qwen's are
-    padded) and a new row where it has none. Its input and output embeddings start as the mean of all tokens' rows: in
-    the range of what the model knows, and never the most probable prediction.
+    `train` does it by itself; a training loop of your own calls it before it wraps the model (LoRA) or makes rows.
 
-    Returns what was added, in words; None if nothing was.
+    A mask token that the config names is kept. Otherwise it is the tokenizer's own or a new one, whose embedding is an
+    unused row where the matrix has one (Qwen's are padded) and a new row where it has none. Its input and output
+    embeddings start as the mean of all tokens' rows: in the range of what the model knows, and never the most probable
+    prediction. All other rows stay bit for bit.
+
+    Returns which mask token was added, in words; None if none was.
     """
-    config = model.config
-    added = None
-    if getattr(config, "mask_token_id", None) is None:
-        added = _add_mask_token(model, tokenizer)
-    elif tokenizer.mask_token is None:
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
-    own = getattr(config, "bd_size", None)
-    if own is None:
-        config.bd_size = block_size or DEFAULT_BLOCK_SIZE
-        added = f"{added + ', ' if added else ''}block size {config.bd_size}"
-    elif block_size not in (None, own):
-        warn_of_block_size(own, block_size)
-        config.bd_size = block_size
-    return added
+    model.config.bd_size = block_size
+    mask = getattr(model.config, "mask_token_id", None)
+    if mask is None:
+        return _add_mask_token(model, tokenizer)
+    if tokenizer.mask_token is None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask)
+    return None
 
 
 def _add_mask_token(model: Model, tokenizer: Any) -> str:

@@ -1,0 +1,110 @@
+"""What a checkpoint is: told by its small files, before torch is imported and a weight is read."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parablock.checkpoints.checks import check_directory, in_one_line, read_json
+from parablock.decoding.config import DecodeConfig, Mode
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
+BUNDLED_MODELS = {"bundled": BUNDLED / "diffusion", "bundled-ar": BUNDLED / "ar"}
+OFFICIAL = "Fast_dLLM_Qwen"  # model_type of the published checkpoints, all of them adapted
+ADAPTER = "adapter_config.json"
+ADAPTER_FIELDS = "block_diffusion.json"  # what a LoRA adapter's own files have no place for
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a checkpoint is, and what it says about block diffusion.
+
+    `name`: as the user wrote it. `target`: a directory or a hub id. `base`: of a LoRA adapter.
+    """
+
+    name: str
+    target: str
+    block_size: int | None
+    mask_token_id: int | None
+    base: "Checkpoint | None" = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it was made for block diffusion."""
+        return self.block_size is not None and self.mask_token_id is not None
+
+    def mode(self, config: DecodeConfig) -> Mode:
+        """How it decodes with these settings.
+
+        Raises:
+            ValueError: block diffusion with a model that was never adapted to it.
+        """
+        mask_token_id = self.mask_token_id if config.mask_token_id is None else config.mask_token_id
+        named = config.block_size or self.block_size, mask_token_id
+        if config.mode == "diffusion" and None in named:
+            raise ValueError(
+                f"mode='diffusion': {self.name} was never adapted to block diffusion; adapt it with: parablock adapt "
+                f"{self.name}, or decode with --mode autoregressive"
+            )
+        adapted = self.block_size is not None and mask_token_id is not None
+        return config.mode or ("diffusion" if adapted else "autoregressive")
+
+
+def look(path_or_id: str | Path, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint and read its small files; of one on the hub, the config is fetched.
+
+    Raises:
+        ValueError: there is none, or what is there is incomplete or damaged.
+    """
+    name = str(path_or_id)
+    target = os.path.expanduser(BUNDLED_MODELS.get(name, path_or_id))
+    path = Path(target)
+    if path.is_dir():
+        if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+            return _look_at_adapter(name, path)
+        check_directory(path)
+        config = read_json(path / "config.json")
+    elif path.exists() or target.startswith((".", "/", "~")) or target.count("/") > 1:
+        raise ValueError(f"there is no checkpoint directory at {target!r}; check the path")
+    else:
+        config = _hub_config(target, revision)
+    if config.get("model_type") == OFFICIAL:
+        config = {"bd_size": 32, "mask_token_id": 151665} | config  # the published files lack the latter
+    return Checkpoint(name, target, config.get("bd_size"), config.get("mask_token_id"))
+
+
+def announce(checkpoint: Checkpoint, config: DecodeConfig) -> None:
+    """Say in one line on stderr that a model decodes autoregressively though nobody asked for it.
+
+    Raises:
+        ValueError: block diffusion is asked for, and the model was never adapted to it.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if checkpoint.mode(config) == "autoregressive" and config.mode is None and first:
+        print(
+            f"parablock: {checkpoint.name} was never adapted to block diffusion: it decodes autoregressively (adapt it "
+            f"with: parablock adapt {checkpoint.name})",
+            file=sys.stderr,
+        )
+
+
+def _look_at_adapter(name: str, path: Path) -> Checkpoint:
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{str(path)!r} has no adapter_model.safetensors; save the adapter with safetensors")
+    base_name = read_json(path / ADAPTER).get("base_model_name_or_path")
+    if not base_name:
+        raise ValueError(f"{str(path / ADAPTER)!r} names no base_model_name_or_path; add the base's path or id")
+    base = look(base_name)
+    fields = read_json(path / ADAPTER_FIELDS) if (path / ADAPTER_FIELDS).is_file() else {}
+    block_size = fields.get("bd_size") or base.block_size
+    mask_token_id = base.mask_token_id if fields.get("mask_token_id") is None else fields["mask_token_id"]
+    return Checkpoint(name, str(path), block_size, mask_token_id, base)
+
+
+def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    with in_one_line(name):
+        file = hf_hub_download(name, "config.json", revision=revision)
+    return read_json(Path(file))

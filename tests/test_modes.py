@@ -1,0 +1,137 @@
+"""What a checkpoint was made for decides how the commands decode with it, and they say so before torch is imported."""
+
+import asyncio
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from parablock.app.client import Client
+from parablock.app.launch import _choose
+from parablock.cli import app
+from parablock.data.word_problems import word_problem
+
+COMMAND = [sys.executable, "-m", "parablock"]
+QUESTION = word_problem("test", 5, 0).question
+LINE = (
+    "parablock: bundled-ar was never adapted to block diffusion: it decodes autoregressively "
+    "(adapt it with: parablock adapt bundled-ar)\n"
+)
+WRONG_PATHS = """
+import sys
+import parablock, parablock.checkpoints.load
+from parablock.cli import main
+
+for command in (
+    "generate hi --model ./no", "chat --model ./no", "serve ./no", "serve bundled --also ./no", "app ./no",
+    "app --ar ./no", "eval ./no --tasks word_problems", "bench ./no", "bench --ar ./no",
+    "adapt ./no --data alpaca --output run", "export ./no --output new",
+    "generate hi --model bundled-ar --mode diffusion",
+):
+    sys.argv = ["parablock", *command.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print(command, "|", end.code)
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_wrong_paths_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    out = subprocess.run([sys.executable, "-c", WRONG_PATHS], capture_output=True, text=True, check=True, cwd=tmp_path)
+    *commands, heavy = out.stdout.splitlines()
+    assert heavy == "[]"
+    assert [line.split(" | ")[1] for line in commands] == ["2"] * 12
+    *paths, diffusion = out.stderr.splitlines()
+    assert paths == ["parablock: there is no checkpoint directory at './no'; check the path"] * 11
+    assert "bundled-ar was never adapted" in diffusion
+    assert not list(tmp_path.iterdir())
+
+
+def generated(*args: str) -> tuple[dict[str, Any], str]:
+    out = subprocess.run([*COMMAND, "generate", "--json", *args, QUESTION], capture_output=True, text=True, check=True)
+    answer: dict[str, Any] = json.loads(out.stdout)
+    return answer, out.stderr
+
+
+def test_generate_says_that_an_ar_checkpoint_decodes_autoregressively() -> None:
+    answer, told = generated("--model", "bundled-ar")
+    assert (answer["forwards"], told) == (answer["new_tokens"], LINE)
+    assert generated("--model", "bundled-ar", "--mode", "autoregressive")[1] == ""
+    answer, told = generated("--model", "bundled")
+    assert (answer["forwards"] < answer["new_tokens"], told) == (True, "")
+
+
+def test_bench_and_eval_measure_an_ar_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = "--requests 2 --rounds 1 --repeats 1 --concurrency 1 --new-tokens 8"
+    app(["bench", "bundled-ar", *few.split(), "--folder", str(tmp_path / "bench")], standalone_mode=False)
+    assert LINE in capsys.readouterr().err
+    rows = json.loads((tmp_path / "bench" / "report.json").read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["autoregressive"]
+    with pytest.raises(ValueError, match="ar='bundled': bundled-ar was never adapted"):
+        app(["bench", "bundled-ar", "--ar", "bundled"], standalone_mode=False)
+    capsys.readouterr()
+    for model, told in (("bundled-ar", LINE), ("bundled", "")):
+        output = tmp_path / model
+        app(["eval", model, "--tasks", "word_problems", "--limit", "2", "--output", str(output)], standalone_mode=False)
+        assert capsys.readouterr().err.count(LINE) == (1 if told else 0)
+        mode = json.loads((output / "results.json").read_text())["decoding"]["mode"]
+        assert mode == ("autoregressive" if told else "diffusion")
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
+    """A server of an AR model alone: its address, its process, and what it said before it listened."""
+    command = [*COMMAND, "serve", "bundled-ar", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    told: list[str] = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"http://[\d.]+:\d+", line):
+            break
+        told.append(line)
+    try:
+        yield found[0], process, told  # type: ignore[index]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def test_serve_says_it_and_the_card_shows_it(served: tuple[str, Any, list[str]]) -> None:
+    url, _, told = served
+    assert told == [LINE]
+    card = Client(url).models()[0]["parablock"]
+    assert card["modes"] == ["autoregressive"]
+    body = {"messages": [{"role": "user", "content": QUESTION}]}
+    answer = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()
+    assert answer["parablock"]["tokens_per_forward"] < 1.1
+    refused = httpx.post(url + "/v1/chat/completions", json={**body, "mode": "diffusion"}, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "mode")
+    assert "never adapted" in refused.json()["error"]["message"]
+
+
+def test_the_page_shows_an_ar_model_token_by_token(served: tuple[str, Any, list[str]]) -> None:
+    page = pytest.importorskip("parablock.app.page", reason="the page needs gradio: pip install 'parablock[app]'")
+    client = Client(served[0])
+    assert _choose(client, None, None) == ("bundled-ar", "bundled-ar")
+    site = page.Site(client, "bundled-ar", "bundled-ar", 32, 512, adapted=False, history=False, slower=1, examples=())
+    given: dict[str, Any] = {"strategy": "threshold", "sub_block_cache": True, "temperature": 0.0, "top_p": 1.0}
+    names = [field.name for field in dataclasses.fields(page.Settings)]
+    settings = page.Settings(**dict.fromkeys(names) | given | {"max_tokens": 200})
+
+    async def last_view() -> dict[str, Any]:
+        async for view in page.answer(site, page.Session(), QUESTION, settings, race=False):
+            last = view
+        return last
+
+    shown = asyncio.run(last_view())
+    assert (shown["state"], [lane["title"] for lane in shown["lanes"]]) == ("done", ["Autoregressive"])
+    assert shown["lanes"][0]["serial"]
