@@ -144,7 +144,7 @@ class Steps:
         self._forward = self.engine.runner._forward
         self.engine.runner._forward = self._noting
         self.engine.submit(pb.Request(prompt, config))
-        while not self.engine.rows.forwards_R[0]:
+        while not self.engine.batch.rows.forwards_R[0]:
             self.engine.step()
 
     def _noting(self, ids: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ ROWS = [prompt(40 + n, n) for n in (5, 8, 16, 1, 23, 12, 40, 24, 9)]
 def empty(engine: pb.Engine) -> bool:
     """No row, page or request is left behind."""
     left = engine.stats
-    assert not engine.rows.active_R.any()
-    assert not engine.memory.table_RP.any()
-    assert not any(engine._handles)
+    assert not engine.batch.rows.active_R.any()
+    assert not engine.batch.table_RP.any()
+    assert not any(engine.batch.handles)
     return left["waiting"] == left["running"] == left["pages_held"] == 0
 
 

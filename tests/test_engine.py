@@ -199,7 +199,7 @@ def test_a_finished_row_costs_nothing_more(model: Any, engine: pb.Engine, monkey
     together = sum(ran)
     ran.clear()
     for row in (ROWS[0], ROWS[3]):
-        engine.pool.clear()
+        engine.batch.pool.clear()
         engine.generate(row, whole)
     assert together == sum(ran)
     assert set(ran) == {D}
@@ -227,10 +227,10 @@ def test_a_long_prompt_does_not_stall_the_others(model: Any) -> None:
         engine.step()
         long = engine.submit(pb.Request(prompt(3, 200), BASE))
         for _ in range(12):
-            before = engine.rows.forwards_R.copy()
+            before = engine.batch.rows.forwards_R.copy()
             engine.step()
             assert long.tokens == []
-            assert (engine.rows.forwards_R - before).sum() == 1  # the short one moves on in every step
+            assert (engine.batch.rows.forwards_R - before).sum() == 1  # the short one moves on in every step
         assert long.result() == pb.generate(model, prompt(3, 200), BASE).tokens[0]
         assert short.result() == pb.generate(model, ROWS[0], replace(BASE, threshold=1.0, stop_token_ids=())).tokens[0]
 
@@ -240,4 +240,4 @@ def test_short_prompts_are_prefilled_together(model: Any) -> None:
         for i in range(8):
             engine.submit(pb.Request(prompt(i, D + 1), BASE))
         engine.step()
-        assert (engine.rows.start_R[:8] == D).all()
+        assert (engine.batch.rows.start_R[:8] == D).all()

@@ -227,7 +227,7 @@ def test_a_request_that_comes_while_the_engine_closes_is_refused(model: Any, mon
         monkeypatch.setattr(module, "resolve_request", resolve)
         assert engine.step() is False
         with pytest.raises(RuntimeError, match="the engine is closed"):  # not zeros
-            engine.runner.check(engine.rows, engine.memory.table_RP)
+            engine.runner.check(engine.batch.rows, engine.batch.table_RP)
         assert other.generate(ROWS, BASE).tokens == pb.generate(model, ROWS, BASE).tokens
 
 
@@ -283,8 +283,8 @@ def test_the_queue_has_an_end_whoever_submits(model: Any) -> None:
 def test_streaming_reads_every_token_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pb.Engine(model, pb.EngineConfig()) as engine:
         read: list[int] = []
-        tokens = engine.rows.tokens
-        monkeypatch.setattr(engine.rows, "tokens", lambda *a: (found := tokens(*a), read.append(len(found)))[0])
+        tokens = engine.batch.rows.tokens
+        monkeypatch.setattr(engine.batch.rows, "tokens", lambda *a: (found := tokens(*a), read.append(len(found)))[0])
         handle = engine.submit(pb.Request(ROWS[0], replace(ENDLESS, threshold=1.0, max_new_tokens=200), stream=True))
         assert len(handle.result()) == 200
         assert sum(read) == 200

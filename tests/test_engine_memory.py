@@ -133,9 +133,9 @@ def test_ten_thousand_events_leave_nothing_behind(model: Any) -> None:
         assert finished > 500
         assert cancelled > 500
         assert empty(engine)
-        engine.pool.clear()
-        assert engine.pool.cached == 0
-        assert (engine.pool.holders[1:] == 0).all()
+        engine.batch.pool.clear()
+        assert engine.batch.pool.cached == 0
+        assert (engine.batch.pool.holders[1:] == 0).all()
         assert engine.generate(ROWS[:3], BASE).tokens == pb.generate(model, ROWS[:3], BASE).tokens
 
 

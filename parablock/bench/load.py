@@ -62,7 +62,7 @@ def run_load(engine: Engine, prompts: Sequence[list[int]], config: DecodeConfig,
         before = time.perf_counter()
         engine.step()
         steps.append(time.perf_counter() - before)
-        pages = max(pages, engine.pool.held)
+        pages = max(pages, engine.batch.pool.held)
         done += [handle for handle in running if handle.done]
         running = [handle for handle in running if not handle.done]
     seconds = time.perf_counter() - started

@@ -95,7 +95,7 @@ def measure(
                 prompts = list(_prompts(workload, config, case, repeat))
                 count = len(prompts) if repeat else min(len(prompts), case.concurrency)
                 out = run_load(engine, prompts[:count], _decode_config(config, case), case.concurrency)
-                engine.pool.clear()
+                engine.batch.pool.clear()
                 if repeat:
                     results[number].append(out)
     return list(zip(lines, results, strict=True))

@@ -18,7 +18,8 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
     if not len(row_M):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
     device = logits_MV.device
-    mask_token_M = rows.mask_token_R[row_M]
+    settings_M = rows.settings_R[row_M]
+    mask_token_M = settings_M["mask_token_id"]
     if (mask_token_M == mask_token_M[0]).all():
         if mask_token_M[0] >= 0:
             logits_MV[:, int(mask_token_M[0])] = -torch.inf
@@ -26,12 +27,12 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
         has = (mask_token_M >= 0).nonzero()[0]
         where = torch.from_numpy(np.stack([has, mask_token_M[has]])).to(device)
         logits_MV[where[0], where[1]] = -torch.inf
-    sampled = (rows.temperature_R[row_M] > 0).nonzero()[0]
+    sampled = (settings_M["temperature"] > 0).nonzero()[0]
     if len(sampled) < len(row_M):
         tokens, confidence = propose(logits_MV, None)
     if len(sampled):
         target_M, draw_M = join([work.target_m for work in works]), join([work.draw_m for work in works])
-        drawn = _sample(logits_MV, rows, row_M[sampled], target_M[sampled], draw_M[sampled], sampled)
+        drawn = _sample(logits_MV, settings_M[sampled], target_M[sampled], draw_M[sampled], sampled)
         if len(sampled) == len(row_M):
             tokens, confidence = drawn
         else:
@@ -44,18 +45,18 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
 
 
 def _sample(
-    logits_MV: Tensor, rows: Rows, row_m: np.ndarray, target_m: np.ndarray, draw_m: np.ndarray, which_m: np.ndarray
+    logits_MV: Tensor, settings_m: np.ndarray, target_m: np.ndarray, draw_m: np.ndarray, which_m: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Samples for some predictions, each with its row's settings and random numbers."""
     device = logits_MV.device
-    whole = np.stack([rows.seed_R[row_m], rows.sample_R[row_m], target_m, draw_m, rows.top_k_R[row_m], which_m])
+    top_k_m = settings_m["top_k"]
+    whole = np.stack([settings_m["seed"], settings_m["sample"], target_m, draw_m, top_k_m, which_m])
     seed, sample, target, draw, top_k, which = torch.from_numpy(whole).to(device)
-    real = np.stack([rows.temperature_R[row_m], rows.top_p_R[row_m]])
-    temperature, top_p = torch.from_numpy(real).to(device)
+    temperature, top_p = torch.from_numpy(np.stack([settings_m["temperature"], settings_m["top_p"]])).to(device)
     return propose(
         logits_MV[which],
         uniform(seed, sample, target, draw),
         temperature=temperature[:, None],
         top_p=top_p[:, None],
-        top_k=top_k[:, None] if (rows.top_k_R[row_m] < logits_MV.shape[-1]).any() else None,
+        top_k=top_k[:, None] if (top_k_m < logits_MV.shape[-1]).any() else None,
     )

@@ -12,6 +12,12 @@ from parablock.decoding.config import DecodeConfig, Strategy
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FAR = np.iinfo(np.int64).max - 1
+SETTINGS = [
+    ("mask_token_id", np.int64),  # -1: none
+    ("sub_block_size", np.int64), ("sub_block_cache", bool), ("strategy", np.int64), ("threshold", np.float32),
+    ("factor", np.float32), ("tokens_per_step", np.int64), ("temperature", np.float32), ("top_p", np.float32),
+    ("top_k", np.int64), ("seed", np.int64), ("sample", np.int64),
+]  # fmt: skip
 
 
 class Rows:
@@ -23,7 +29,7 @@ class Rows:
 
     def __init__(self, rows: int, capacity: int, block_size: int) -> None:
         self.block_size = block_size
-        whole, real, flag = np.int64, np.float32, bool
+        whole, flag = np.int64, bool
         self.ids_RC = np.zeros((rows, capacity), dtype=whole)
         self.masked_RC = np.zeros((rows, capacity), dtype=flag)
         self.active_R = np.zeros(rows, dtype=flag)
@@ -39,20 +45,8 @@ class Rows:
         self.length_R = np.zeros(rows, dtype=whole)  # response tokens so far without a gap, the stop token included
         self.stop_R = np.zeros(rows, dtype=whole)  # position of the first stop token of the response, or FAR
         self.forwards_R = np.zeros(rows, dtype=whole)  # decode forwards, the prefill not among them
-        # settings
         self.stops_RK = np.full((rows, 1), -1, dtype=whole)
-        self.mask_token_R = np.zeros(rows, dtype=whole)  # -1: none
-        self.sub_block_R = np.zeros(rows, dtype=whole)
-        self.sub_block_cache_R = np.zeros(rows, dtype=flag)
-        self.strategy_R = np.zeros(rows, dtype=whole)
-        self.threshold_R = np.zeros(rows, dtype=real)
-        self.factor_R = np.zeros(rows, dtype=real)
-        self.tokens_per_step_R = np.zeros(rows, dtype=whole)
-        self.temperature_R = np.zeros(rows, dtype=real)
-        self.top_p_R = np.zeros(rows, dtype=real)
-        self.top_k_R = np.zeros(rows, dtype=whole)
-        self.seed_R = np.zeros(rows, dtype=whole)
-        self.sample_R = np.zeros(rows, dtype=whole)
+        self.settings_R = np.zeros(rows, dtype=SETTINGS)  # named like the fields of `DecodeConfig`
 
     def begin(
         self, row: int, prompt: Sequence[int] | np.ndarray, config: DecodeConfig, sample: int, mode: int, grain: int
@@ -71,20 +65,12 @@ class Rows:
             self.stops_RK = np.pad(self.stops_RK, ((0, 0), (0, more)), constant_values=-1)
         self.stops_RK[row] = -1
         self.stops_RK[row, : len(stops)] = stops
-        self.mask_token_R[row] = -1 if config.mask_token_id is None else config.mask_token_id
-        self.sub_block_R[row] = config.sub_block_size
-        self.sub_block_cache_R[row] = config.sub_block_cache
-        self.strategy_R[row] = STRATEGIES.index(config.strategy)
-        self.threshold_R[row] = config.threshold
-        self.factor_R[row] = config.factor
-        self.tokens_per_step_R[row] = config.tokens_per_step
-        self.temperature_R[row] = config.temperature
-        self.top_p_R[row] = config.top_p
-        self.top_k_R[row] = FAR if config.top_k is None else config.top_k
-        self.seed_R[row] = config.seed
-        self.sample_R[row] = sample
+        changed = {"strategy": STRATEGIES.index(config.strategy), "sample": sample}
+        changed |= {"top_k": FAR if config.top_k is None else config.top_k}
+        changed |= {"mask_token_id": -1 if config.mask_token_id is None else config.mask_token_id}
+        self.settings_R[row] = tuple((vars(config) | changed)[name] for name, _ in SETTINGS)
 
-        self.ids_RC[row] = max(0, int(self.mask_token_R[row]))
+        self.ids_RC[row] = max(0, changed["mask_token_id"])
         self.ids_RC[row, :length] = prompt
         self.masked_RC[row] = True
         self.masked_RC[row, :length] = False
@@ -117,10 +103,6 @@ class Rows:
         start = int(self.prompt_R[row])
         ids: list[int] = self.ids_RC[row, start + begin : start + int(self.length_R[row])].tolist()
         return ids
-
-    def known(self, row: int) -> int:
-        """How many tokens stand without a gap, the prompt included."""
-        return int(self.prompt_R[row] + self.length_R[row])
 
     def masked_block(self, rows_n: np.ndarray) -> np.ndarray:
         """Which of the D positions from `start_R` on are masked `[n, D]`."""

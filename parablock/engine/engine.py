@@ -13,18 +13,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from parablock.decoding.config import DecodeConfig
-from parablock.decoding.decoder import begin, window
+from parablock.decoding.decoder import window
 from parablock.decoding.generate import DEFAULT_BLOCK_SIZE, GenerateOutput, Prompts, as_rows, resolve
-from parablock.decoding.rows import Rows
 from parablock.decoding.work import Settled, settle
 from parablock.engine.admission import kv_pages, resolve_request
+from parablock.engine.batch import Batch
 from parablock.engine.config import EngineConfig
-from parablock.engine.memory import Memory
-from parablock.engine.pages import PagePool
 from parablock.engine.request import Handle, QueueFullError, Request, Status, Update
 from parablock.engine.runner import Runner
 from parablock.engine.schedule import Plan, plan
@@ -60,28 +57,21 @@ class Engine:
         self.model = model
         self.max_context = self.config.max_context or context
         self.runner = Runner(model, self.block_size, self.config)
-        pages_per_row = -(-self.max_context // self.block_size)
         try:
-            per_token = self.runner.kv.bytes_per_token
+            pages_per_row, per_token = -(-self.max_context // self.block_size), self.runner.kv.bytes_per_token
             pages = kv_pages(self.config, pages_per_row, self.block_size, per_token, self.runner.device)
             self.runner.allocate(pages)
+            self.batch = Batch(self.runner, self.config, pages, pages_per_row)
         except BaseException:
             self.runner.close()
             raise
-        # one row more than requests can have: padding, without pages
-        self.rows = Rows(self.config.max_rows + 1, pages_per_row * self.block_size, self.block_size)
-        self.pool = PagePool(pages, self.block_size, prefix_cache=self.config.prefix_cache)
-        self.memory = Memory(self.pool, self.config.max_rows + 1, pages_per_row)
         self.steps = 0
         self.step_seconds = 0.0  # in all steps together
         self.prefill_tokens = 0  # prompt tokens that were run
         self.prefill_seconds = 0.0  # their share of the steps' time, by tokens
         self.preemptions = 0  # how often a row gave its pages to others
         self.error: Exception | None = None  # why it stopped by itself
-        self._handles: list[Handle | None] = [None] * self.config.max_rows
-        self._streaming_R = np.zeros(self.config.max_rows + 1, dtype=bool)
         self._waiting: deque[Handle] = deque()
-        self._admitted = 0
         self._open = 0  # requests that have not ended
         self._inbox: deque[Handle] = deque()  # submitted or to be cancelled; appended to by any thread
         self._changed = threading.Condition()  # something came in, or a handle moved on
@@ -102,7 +92,7 @@ class Engine:
                 holds, another block size than the engine's, settings the model cannot serve), or the engine is closed.
             QueueFullError: `max_rows` and `max_queue` requests have not ended yet.
         """
-        config = resolve_request(self.model, request, self.block_size, self.max_context, self.pool.pages)
+        config = resolve_request(self.model, request, self.block_size, self.max_context, self.batch.pool.pages)
         handle = Handle(self, request, config, listener)
         most = math.inf if self.config.max_queue is None else self.config.max_rows + self.config.max_queue
         with self._changed:
@@ -179,10 +169,10 @@ class Engine:
         with self._stepping:
             self._thread = None
             self._take_in()
-            for handle in [*self._waiting, *(h for h in self._handles if h)]:
-                self._end(handle, "failed", self.error or RuntimeError("the engine was closed"))
+            for handle in [*self._waiting, *(h for h in self.batch.handles if h)]:
+                self._end(handle, "failed", self.error or RuntimeError("the engine was closed"), self._row_of(handle))
             self._waiting.clear()
-            self.pool.clear()
+            self.batch.pool.clear()
             self.runner.close()
 
     def __enter__(self) -> "Engine":
@@ -199,15 +189,11 @@ class Engine:
     @property
     def stats(self) -> dict[str, int]:
         """Requests waiting and running, pages held by them, pages kept for reuse, pages in all, steps so far."""
+        pool, waiting = self.batch.pool, len(self._waiting) + len(self._inbox)
         return {
-            "waiting": len(self._waiting) + len(self._inbox),
-            "running": int(self.rows.active_R.sum()),
-            "pages_held": self.pool.held,
-            "pages_cached": self.pool.cached,
-            "pages": self.pool.pages,
-            "steps": self.steps,
-            "preemptions": self.preemptions,
-        }
+            "waiting": waiting, "running": len(self.batch.active), "pages_held": pool.held, "pages_cached": pool.cached,
+            "pages": pool.pages, "steps": self.steps, "preemptions": self.preemptions,
+        }  # fmt: skip
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -218,20 +204,22 @@ class Engine:
                 return False
             self._take_in()
             self._admit()
-            self._grow()
-            active = self.rows.active_R.nonzero()[0]
-            if not len(active):
+            paused = self.batch.grow()
+            self._waiting.extendleft(paused)  # the oldest of them is the first again
+            self.preemptions += len(paused)
+            taking_part = self.batch.active
+            if not len(taking_part):
                 return False
-            started, taking_part = time.perf_counter(), active
+            started = time.perf_counter()
             try:
-                step = plan(self.rows, active, self.config.prefill_chunk, self.config.cuda_graphs)
+                step = plan(self.batch.rows, taking_part, self.config.prefill_chunk, self.config.cuda_graphs)
                 taking_part = step.rows
-                self._forward(step, started)
+                self._forward(step)
             except Exception as error:
                 log.exception("a step failed; its requests fail with it")
                 for row in taking_part:
-                    if (handle := self._handles[row]) is not None:
-                        self._end(handle, "failed", error)
+                    if (handle := self.batch.handles[row]) is not None:
+                        self._end(handle, "failed", error, row)
                 self._check(error)
             self.step_seconds += time.perf_counter() - started
             return True
@@ -241,95 +229,37 @@ class Engine:
         while self._inbox:
             handle = self._inbox.popleft()
             if handle._cancelled:
+                if handle in self._waiting:
+                    self._waiting.remove(handle)
                 if not handle.done:
-                    if handle in self._waiting:
-                        self._waiting.remove(handle)
-                    self._end(handle, "cancelled")
+                    self._end(handle, "cancelled", row=self._row_of(handle))
             else:
                 self._waiting.append(handle)
 
+    def _row_of(self, handle: Handle) -> int | None:
+        return next((row for row, other in enumerate(self.batch.handles) if other is handle), None)
+
     def _admit(self) -> None:
         """The first in the queue gets a row and memory for what is known of it, or waits, and all others behind it."""
-        while self._waiting:
-            free = (~self.rows.active_R[:-1]).nonzero()[0]
-            if not len(free):
-                return
+        while self._waiting and (row := self.batch.free_row()) is not None:
             handle = self._waiting[0]
             try:
-                if not self._place(handle, int(free[0])):
+                if not self.batch.admit(handle, row):
                     return
             except Exception as error:  # its own fault, and its alone
-                self.rows.active_R[free[0]] = False
-                self.memory.release(int(free[0]))
+                self.batch.leave(row)
                 self._end(handle, "failed", error)
             self._waiting.popleft()
 
-    def _place(self, handle: Handle, row: int) -> bool:
-        """Begin a request in a row, or go on with it; False if there is no memory for it yet."""
-        rows, request, D = self.rows, handle.request, self.block_size
-        running = int(rows.active_R.sum())
-        if handle._paused is None:
-            begin(rows, row, request.prompt, handle.config, request.sample)
-            rows.order_R[row] = self._admitted
-        else:
-            state, kept = handle._paused
-            rows.put_back(row, state)
-        prefill = int(rows.prefill_R[row])
-        known = prefill if rows.masked_RC[row, prefill] else prefill + 1
-        # every row that runs may need a page soon; a token that predicts the next one must run in any case
-        cached = self.memory.admit(row, rows.ids_RC[row, :prefill], (known - 1) // D, self._root(row), spare=running)
-        if cached is None:
-            rows.active_R[row] = False
-            return False
-        rows.start_R[row] = cached * D
-        if handle._paused is None:
-            self._admitted += 1
-            handle.cached_tokens = cached * D
-        elif kept is not None:
-            self.runner.kv.write(int(self.memory.table_RP[row, prefill // D]), kept)
-        handle._paused, handle.status = None, "running"
-        self._handles[row], self._streaming_R[row] = handle, request.stream
-        return True
-
-    def _grow(self) -> None:
-        """A page for every row that goes on to a new block; when none is left, the youngest rows give theirs back."""
-        rows = self.rows
-        active = rows.active_R.nonzero()[0]
-        decoding = active[rows.start_R[active] >= rows.prefill_R[active]]
-        wanting = self.memory.wanting(decoding, rows.start_R[decoding])
-        for row in wanting[rows.order_R[wanting].argsort()]:
-            while rows.active_R[row] and not self.memory.grow(int(row)):
-                active = rows.active_R.nonzero()[0]
-                self._pause(int(active[rows.order_R[active].argmax()]))
-
-    def _pause(self, row: int) -> None:
-        """A row gives its pages back and waits, first in the queue; then its known tokens are run again.
-
-        Of its active block the K/V are kept as they are, so that it goes on as if nothing had happened.
-        """
-        handle = self._handles[row]
-        assert handle is not None
-        handle.tokens, handle.forwards = self.rows.tokens(row), int(self.rows.forwards_R[row])
-        kept = None
-        if self.rows.written_R[row]:
-            page = self.memory.table_RP[row, self.rows.start_R[row] // self.block_size]
-            kept = self.runner.kv.read(int(page))
-        self._register(row)
-        handle._paused = self.rows.take_out(row), kept
-        self._vacate(row)
-        handle.status = "waiting"
-        self._waiting.appendleft(handle)
-        self.preemptions += 1
-
-    def _forward(self, step: Plan, started: float) -> None:
-        rows = self.rows
-        tokens_M, confidence_M = self.runner.run(rows, self.memory.table_RP, step)
+    def _forward(self, step: Plan) -> None:
+        rows, started = self.batch.rows, time.perf_counter()
+        tokens_M, confidence_M = self.runner.run(rows, self.batch.table_RP, step)
         self.steps += 1
         settled = settle(rows, step.works, tokens_M, confidence_M)
         prefills = [work for work in step.works if not work.decoding]
         for row in (row for work in prefills for row in work.rows_n):
             if rows.start_R[row] == rows.prefill_R[row]:
-                self._register(row)
+                self.batch.register(row)
         self._tell(settled)
         prefill = sum(int(work.final_n.sum()) for work in prefills)
         self.prefill_tokens += prefill
@@ -337,13 +267,13 @@ class Engine:
 
     def _tell(self, settled: Settled) -> None:
         """Tell the handles what the step did, and end the requests whose response is whole."""
-        rows_K, rows = settled.rows_K, self.rows
-        streaming_K = self._streaming_R[rows_K]
+        rows_K, rows = settled.rows_K, self.batch.rows
+        streaming_K = self.batch.streaming_R[rows_K]
         first_K = (settled.before_K == 0) & (rows.length_R[rows_K] > 0)
         shown = window(rows, settled, rows_K) if streaming_K.any() else None
         for k in (first_K | settled.done_K | streaming_K).nonzero()[0]:
             row, done = int(rows_K[k]), bool(settled.done_K[k])
-            handle = self._handles[row]
+            handle = self.batch.handles[row]
             assert handle is not None
             try:
                 if first_K[k]:
@@ -351,37 +281,26 @@ class Engine:
                 if shown is not None and streaming_K[k]:
                     new = rows.tokens(row, int(settled.before_K[k]))
                     handle.tokens += new
-                    handle._updates.append(
-                        Update(
-                            new, int(shown.start[k]), shown.ids[k], shown.masked[k], shown.revealed[k],
-                            shown.confidence[k], int(rows.forwards_R[row]), done,
-                        )
-                    )  # fmt: skip
+                    shown_k = {name: array[k] for name, array in vars(shown).items()}
+                    handle._updates.append(Update(**shown_k, tokens=new, forwards=int(rows.forwards_R[row]), done=done))
                 if done:
                     last = rows.prompt_R[row] + rows.length_R[row] - 1
                     handle.finish_reason = "stop" if rows.stop_R[row] == last else "length"
-                    self._end(handle, "finished")
+                    self._end(handle, "finished", row=row)
                 elif streaming_K[k]:
                     handle._notify()
             except Exception as error:  # what goes wrong for one is no matter of the others
                 log.exception("a request failed")
-                self._end(handle, "failed", error)
+                self._end(handle, "failed", error, row)
         if streaming_K.any():
             with self._changed:
                 self._changed.notify_all()
 
-    def _end(self, handle: Handle, status: Status, error: Exception | None = None) -> None:
-        """A request ends: its row and pages are free, whoever waits is woken."""
-        row = next((r for r, h in enumerate(self._handles) if h is handle), None)
+    def _end(self, handle: Handle, status: Status, error: Exception | None = None, row: int | None = None) -> None:
+        """A request ends: its row, if it has one, and its pages are free; whoever waits is woken."""
         if row is not None:
-            if not handle.request.stream:
-                handle.tokens = self.rows.tokens(row)
-            handle.forwards = int(self.rows.forwards_R[row])
-            if status != "failed":
-                self._register(row)
-            self.rows.active_R[row] = False
-            self._vacate(row)
-        handle._paused = None
+            self.batch.leave(row, reuse=error is None)
+        handle.paused = None
         handle.seconds = time.perf_counter() - handle.submitted
         handle.error = error
         with self._changed:
@@ -390,23 +309,10 @@ class Engine:
             self._changed.notify_all()
         handle._notify()
 
-    def _vacate(self, row: int) -> None:
-        self.memory.release(row)
-        self._handles[row], self._streaming_R[row] = None, False
-
-    def _register(self, row: int) -> None:
-        """The row's committed blocks may be reused."""
-        blocks = int(self.rows.start_R[row]) // self.block_size
-        self.memory.register(row, self.rows.ids_RC[row], blocks, self._root(row))
-
-    def _root(self, row: int) -> int:
-        """The K/V of a prompt depend on how its tokens attend."""
-        return int(self.rows.grain_R[row])
-
     def _check(self, error: Exception) -> None:
         """After a failed step: if not even one token can be run any more, the engine stops for good."""
         try:
-            self.runner.check(self.rows, self.memory.table_RP)
+            self.runner.check(self.batch.rows, self.batch.table_RP)
         except Exception:
             log.exception("nothing can be run any more; the engine stops")
             self.error = error

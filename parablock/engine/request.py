@@ -5,11 +5,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-import numpy as np
+from typing import Any, Literal
 
 from parablock.decoding.config import DecodeConfig
+from parablock.decoding.decoder import Window
 
 log = logging.getLogger(__name__)
 
@@ -37,39 +36,24 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Update:
+class Update(Window):
     """One step of one request.
 
     `tokens`: the response tokens that have newly settled (no mask stands before them). The window is the block being
-    decoded: `start` (absolute position), `ids [W]`, `masked [W]` (still unknown), `revealed [W]` (by this step) and
-    `confidence [W]` (nan where nothing was revealed). `forwards`: decode forwards so far; `done`: the last update.
+    decoded: `start` (absolute position), `ids [D]`, `masked [D]` (still unknown), `revealed [D]` (by this step) and
+    `confidence [D]` (nan where nothing was revealed). `forwards`: decode forwards so far; `done`: the last update.
     """
 
     tokens: list[int]
-    start: int
-    ids: np.ndarray
-    masked: np.ndarray
-    revealed: np.ndarray
-    confidence: np.ndarray
     forwards: int
     done: bool
-
-
-class Waiter(Protocol):
-    """An engine, as a handle sees it."""
-
-    def wait(self, handle: "Handle", *, timeout: float | None = None, for_update: bool = False) -> None:
-        """See `Engine.wait`."""
-
-    def cancel(self, handle: "Handle") -> None:
-        """See `Engine.cancel`."""
 
 
 class Handle:
     """A submitted request: its state, its tokens, and how to wait for more of them."""
 
     def __init__(
-        self, engine: Waiter, request: Request, config: DecodeConfig, listener: Callable[[], None] | None = None
+        self, engine: Any, request: Request, config: DecodeConfig, listener: Callable[[], None] | None = None
     ) -> None:
         self.request = request
         self.config = config  # nothing left open: what the checkpoint decides is filled in
@@ -86,7 +70,7 @@ class Handle:
         self._listener = listener
         self._updates: deque[Update] = deque()
         self._cancelled = False
-        self._paused: Any = None  # what it needs to go on, when it gave its row and pages to others
+        self.paused: Any = None  # what it needs to go on, when it gave its row and pages to others
 
     @property
     def done(self) -> bool:

@@ -5,9 +5,7 @@ at P pages of D tokens. G = H / H_kv heads share one K/V head.
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -53,19 +51,6 @@ class _GroupInputs:
     limit_n: Tensor | None  # slots each row sees, where `paged_attention` is used
     mask: Tensor | None  # [n, 1, 1 or G W, P D] bool
 
-    def to(self, device: torch.device) -> "_GroupInputs":
-        limit_n = None if self.limit_n is None else self.limit_n.to(device)
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, table_nP=self.table_nP.to(device), limit_n=limit_n, mask=mask)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What the attention of every layer needs of the current step."""
-
-    slots_T: Tensor  # where the T queries' K/V are written
-    groups: list[_GroupInputs]
-
 
 class Runner:
     """The model, its K/V memory, and the current step. `close` gives the model back as it was."""
@@ -82,7 +67,9 @@ class Runner:
         self.kv = KV()
         self.closed = False
         self._paged = False  # attention reads the pages where they lie
-        self._inputs: dict[torch.device, _Inputs] = {}
+        self._step: tuple[Tensor, list[int], tuple[_GroupShape, ...]] | None = None  # its numbers, packed
+        # what the attention of a step needs, on every device where layers run: slots `[T]` to write to, and the groups
+        self._inputs: dict[torch.device, tuple[Tensor, list[_GroupInputs]]] = {}
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device)  # keeps the model from making one
         self._forward: Any = self._call_model
         self._graphs = Graphs(self.device) if config.cuda_graphs else None
@@ -121,7 +108,7 @@ class Runner:
             self.closed = True
             return_attention(self.model)
             self.kv.layers.clear()
-            self._inputs.clear()
+            self._step, self._inputs = None, {}
             if self._graphs is not None:
                 self._graphs.clear()
 
@@ -129,13 +116,20 @@ class Runner:
         """One forward: a token and its confidence `[M]` for every wanted prediction. Waits for the device once."""
         self.queries += plan.tokens
         few = self.weights * plan.tokens < ONE_THREAD
-        with self._threads(1 if few else self.all_threads), torch.inference_mode():
-            packed, sizes, shapes = self._pack(rows, table_RP, plan)
-            if self._graphs is None:
-                logits = self._compute(packed.to(self.device), sizes, shapes)
-            else:
-                logits = self._graphs.run((tuple(sizes), shapes), packed, lambda x: self._compute(x, sizes, shapes))
-            return propose_tokens(logits[: len(plan.source_M)], rows, plan.works)
+        # every thread of the process has a number of its own: engines in other threads do the same meanwhile
+        before = torch.get_num_threads()
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.threads or (1 if few else self.all_threads))
+        try:
+            with torch.inference_mode():
+                packed, sizes, shapes = self._pack(rows, table_RP, plan)
+                if self._graphs is None:
+                    logits = self._compute(packed.to(self.device), sizes, shapes)
+                else:
+                    logits = self._graphs.run((tuple(sizes), shapes), packed, lambda x: self._compute(x, sizes, shapes))
+                return propose_tokens(logits[: len(plan.source_M)], rows, plan.works)
+        finally:
+            torch.set_num_threads(before)
 
     def check(self, rows: Rows, table_RP: np.ndarray) -> None:
         """Run one token over page 0; raises what the device raises."""
@@ -144,20 +138,6 @@ class Runner:
         with torch.inference_mode():
             packed, sizes, shapes = self._pack(rows, table_RP, plan)
             self._compute(packed.to(self.device), sizes, shapes).sum().item()
-
-    @contextmanager
-    def _threads(self, wanted: int) -> Iterator[None]:
-        """On a CPU, torch works with so many threads. Engines in other threads of the process do the same meanwhile:
-        every thread has a number of its own, which is put back."""
-        if self.device.type != "cpu":
-            yield
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or wanted)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     def _pack(self, rows: Rows, table_RP: np.ndarray, plan: Plan) -> tuple[Tensor, list[int], tuple[_GroupShape, ...]]:
         """All numbers of a forward in one array, so that they travel to the device in one piece."""
@@ -200,20 +180,30 @@ class Runner:
 
     def _compute(self, packed: Tensor, sizes: list[int], shapes: tuple[_GroupShape, ...]) -> Tensor:
         """Logits `[M, V]`, from the packed numbers alone."""
-        ids_T, positions_T, slots_T, wanted_M, *parts = torch.split(packed, sizes)
-        groups, base, rest = [], 0, iter(parts)
-        for shape in shapes:
-            n, W = shape.rows, shape.width
-            table_nP, limit_n1 = next(rest).view(n, shape.pages), next(rest).view(n, shape.limits)
-            limit_n = limit_n1[:, 0] if self._paged and shape.limits == 1 else None
-            mask = self._visible(limit_n1, shape.pages) if shape.limits and limit_n is None else None
-            groups.append(_GroupInputs(shape, slice(base, base + n * W), table_nP, limit_n, mask))
-            base += n * W
-        self._inputs = {packed.device: _Inputs(slots_T, groups)}
+        self._step, self._inputs = (packed, sizes, shapes), {}
+        ids_T, positions_T, _, wanted_M, *_ = torch.split(packed, sizes)
+        self._inputs_on(packed.device)
         if not len(wanted_M):  # the head needs something to run on
             wanted_M = positions_T[:1] * 0
         logits: Tensor = self._forward(ids_T[None], positions_T[None], wanted_M)[0]
         return logits
+
+    def _inputs_on(self, device: torch.device) -> tuple[Tensor, list[_GroupInputs]]:
+        """This step's inputs where a layer runs: made once for every device."""
+        if device not in self._inputs:
+            assert self._step is not None
+            packed, sizes, shapes = self._step
+            _, _, slots_T, _, *parts = torch.split(packed.to(device), sizes)
+            groups, base, rest = [], 0, iter(parts)
+            for shape in shapes:
+                n, W = shape.rows, shape.width
+                table_nP, limit_n1 = next(rest).view(n, shape.pages), next(rest).view(n, shape.limits)
+                limit_n = limit_n1[:, 0] if self._paged and shape.limits == 1 else None
+                mask = self._visible(limit_n1, shape.pages) if shape.limits and limit_n is None else None
+                groups.append(_GroupInputs(shape, slice(base, base + n * W), table_nP, limit_n, mask))
+                base += n * W
+            self._inputs[device] = slots_T, groups
+        return self._inputs[device]
 
     def _visible(self, limit_nW: Tensor, pages: int) -> Tensor:
         """Which slots are seen: `[n, 1, 1, P D]` by a row, or `[n, 1, G W, P D]` by each of its queries."""
@@ -241,22 +231,14 @@ class Runner:
             self.kv.note(query, key, value, layer)
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
         keys, values = self.kv.layers[layer]
-        inputs = self._inputs_on(query.device)
+        slots_T, groups = self._inputs_on(query.device)
         for pages, new in ((keys, key), (values, value)):
-            pages.by_slot.index_copy_(2, inputs.slots_T, new)
-        groups = inputs.groups
+            pages.by_slot.index_copy_(2, slots_T, new)
         outputs = [
             _attend(query if len(groups) == 1 else query[:, :, group.queries], keys, values, group, scale)
             for group in groups
         ]
         return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, 1)
-
-    def _inputs_on(self, device: torch.device) -> _Inputs:
-        """This step's inputs where a layer runs; copied once to every device but the first."""
-        if device not in self._inputs:
-            first = next(iter(self._inputs.values()))
-            self._inputs[device] = _Inputs(first.slots_T.to(device), [group.to(device) for group in first.groups])
-        return self._inputs[device]
 
 
 def _attend(query: Tensor, keys: Pages, values: Pages, group: _GroupInputs, scale: float) -> Tensor:

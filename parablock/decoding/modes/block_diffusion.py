@@ -13,13 +13,14 @@ from parablock.decoding.work import Mode, Work
 def next_work(rows: Rows, which: np.ndarray) -> Work:
     """Every row's current sub-block, alone or in its whole block, or the commit of a full block."""
     D = rows.block_size
-    start_n, sub_size_n = rows.start_R[which], rows.sub_block_R[which]
+    start_n, settings_n = rows.start_R[which], rows.settings_R[which]
+    sub_size_n = settings_n["sub_block_size"]
     masked_nD = rows.masked_block(which)
     commit_n = np.logical_not(masked_nD.any(1))
     first_n = masked_nD.argmax(1)  # the first masked position; sub-blocks are revealed left to right
     sub_n = first_n // sub_size_n * sub_size_n  # where its sub-block begins
     # the token shift takes the prediction of a sub-block's first position from outside it
-    whole_n = commit_n | ~rows.written_R[which] | (sub_n == first_n) | ~rows.sub_block_cache_R[which]
+    whole_n = commit_n | ~rows.written_R[which] | (sub_n == first_n) | ~settings_n["sub_block_cache"]
 
     offset_n = np.where(whole_n, 0, sub_n)
     place_D = np.arange(D)
@@ -49,24 +50,17 @@ def _choose(rows: Rows, work: Work, confidence_m: np.ndarray) -> np.ndarray:
     n = len(work.rows_n)
     if len(confidence_m) == n:  # one candidate each
         return np.ones(n, dtype=bool)
-    column_m = work.target_m % rows.sub_block_R[work.row_m]  # its place in the sub-block
+    settings_n = rows.settings_R[work.rows_n]
+    column_m = work.target_m % settings_n["sub_block_size"][work.piece_m]  # its place in the sub-block
     shape = (n, int(column_m.max()) + 1)
     candidates_nS, confidence_nS = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.float32)
     place = work.piece_m, column_m
     candidates_nS[place], confidence_nS[place] = True, confidence_m
-    strategy_n = rows.strategy_R[work.rows_n]
     chosen_nS = np.zeros(shape, dtype=bool)
-    for number in set(strategy_n.tolist()):
-        these = strategy_n == number
-        which = work.rows_n[these]
-        chosen_nS[these] = reveal(
-            confidence_nS[these],
-            candidates_nS[these],
-            STRATEGIES[number],
-            threshold=rows.threshold_R[which][:, None],
-            factor=rows.factor_R[which][:, None],
-            tokens_per_step=rows.tokens_per_step_R[which][:, None],
-        )
+    for number in set(settings_n["strategy"].tolist()):
+        these = settings_n["strategy"] == number
+        own = {name: settings_n[name][these, None] for name in ("threshold", "factor", "tokens_per_step")}
+        chosen_nS[these] = reveal(confidence_nS[these], candidates_nS[these], STRATEGIES[number], **own)
     chosen_m: np.ndarray = chosen_nS[place]
     return chosen_m
 
