@@ -77,8 +77,9 @@ def denoising(tokenizer: Any, update: Update, prompt: int, end: int) -> dict[str
     A character of several tokens is the text of its last one. `prompt`: tokens of the prompt; `end`: where the response
     ends at the latest, counted from the prompt's first token.
     """
-    first, last = max(update.start, prompt), min(update.start + len(update.ids), end)
-    window = slice(first - update.start, max(0, last - update.start))
+    start = int(update.start)
+    first, last = max(start, prompt), min(start + len(update.ids), end)
+    window = slice(first - start, max(0, last - start))
     tokens, decoder = [], Decoder(tokenizer)
     for token, masked, revealed, confidence in zip(
         update.ids[window], update.masked[window], update.revealed[window], update.confidence[window], strict=True
