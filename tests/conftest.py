@@ -1,15 +1,32 @@
-"""Shared by the tests: one thread-friendly setting, the golden model, and small random models."""
+"""Shared by the tests: the session and what it must not leave behind, the golden model, small random models."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["OMP_WAIT_POLICY"] = "passive"
-os.environ["HF_HUB_OFFLINE"] = "1"
+CACHES = tempfile.mkdtemp(prefix="parablock-caches-")
+atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+os.environ |= {
+    "OMP_WAIT_POLICY": "passive",
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # what libraries keep for later would outlive the tests, and be shared with those of another checkout
+    "HF_DATASETS_CACHE": f"{CACHES}/datasets",
+    "HF_MODULES_CACHE": f"{CACHES}/modules",
+    "HYPOTHESIS_STORAGE_DIRECTORY": f"{CACHES}/hypothesis",
+    "TORCHINDUCTOR_CACHE_DIR": f"{CACHES}/inductor",
+}
+os.environ["PARABLOCK_TESTS"] = CACHES  # by this, all that the tests start can be found
 
 import json
-import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -31,6 +48,39 @@ SHAPE = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write docs/architectures.md from what the tests saw")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # then, too, the tests clean up
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """As many as there are processors for us; more than four only repeat what is made once per worker."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return None
+    return min(len(os.sched_getaffinity(0)), 4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    yield
+    left = [process for process in psutil.process_iter() if _is_ours(process)]
+    told = [f"{process.pid} {' '.join(process.cmdline())}" for process in left]
+    for process in left:
+        process.kill()
+    assert not left, told
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    """Started by the tests, and neither they themselves nor one of the helpers that go with them."""
+    try:
+        if process.pid == os.getpid() or process.environ().get("PARABLOCK_TESTS") != CACHES:
+            return False
+        helper = process.ppid() == os.getpid() and "from multiprocessing." in " ".join(process.cmdline())
+        return not helper and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,10 @@ IMPORTED = [
 ]  # fmt: skip
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(IMPORTED)
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # as the command sets them, and as early
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}  # as the command sets them, and as early
 DEATH = 1  # Linux's PR_SET_PDEATHSIG
 
 
@@ -180,9 +183,9 @@ def _enter(
         file = os.open(path, os.O_RDWR if path.startswith("/dev/") else os.O_WRONLY | os.O_APPEND if number else 0)
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(variables)
     if cwd is not None:
