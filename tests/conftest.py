@@ -5,20 +5,21 @@ import os
 import shutil
 import tempfile
 
-CACHES = tempfile.mkdtemp(prefix="parablock-caches-")
-atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+if "PARABLOCK_TESTS" not in os.environ:  # else a process that the tests have started
+    os.environ["PARABLOCK_TESTS"] = tempfile.mkdtemp(prefix="parablock-tests-")
+    atexit.register(shutil.rmtree, os.environ["PARABLOCK_TESTS"], ignore_errors=True)
+SCRATCH = os.environ["PARABLOCK_TESTS"]
 os.environ |= {
     "OMP_WAIT_POLICY": "passive",
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     # what libraries keep for later would outlive the tests, and be shared with those of another checkout
-    "HF_DATASETS_CACHE": f"{CACHES}/datasets",
-    "HF_MODULES_CACHE": f"{CACHES}/modules",
-    "HYPOTHESIS_STORAGE_DIRECTORY": f"{CACHES}/hypothesis",
-    "TORCHINDUCTOR_CACHE_DIR": f"{CACHES}/inductor",
+    "HF_DATASETS_CACHE": f"{SCRATCH}/datasets",
+    "HF_MODULES_CACHE": f"{SCRATCH}/modules",
+    "HYPOTHESIS_STORAGE_DIRECTORY": f"{SCRATCH}/hypothesis",
+    "TORCHINDUCTOR_CACHE_DIR": f"{SCRATCH}/inductor",
 }
-os.environ["PARABLOCK_TESTS"] = CACHES  # by this, all that the tests start can be found
 
 import json
 import signal
@@ -64,6 +65,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_is_left_running() -> Iterator[None]:
+    os.environ["PARABLOCK_TESTS_BY"] = str(os.getpid())
     yield
     left = [process for process in psutil.process_iter() if _is_ours(process)]
     told = [f"{process.pid} {' '.join(process.cmdline())}" for process in left]
@@ -73,9 +75,9 @@ def _nothing_is_left_running() -> Iterator[None]:
 
 
 def _is_ours(process: psutil.Process) -> bool:
-    """Started by the tests, and neither they themselves nor one of the helpers that go with them."""
+    """Started by these tests, and no helper that ends with them."""
     try:
-        if process.pid == os.getpid() or process.environ().get("PARABLOCK_TESTS") != CACHES:
+        if process.environ().get("PARABLOCK_TESTS_BY") != str(os.getpid()):
             return False
         helper = process.ppid() == os.getpid() and "from multiprocessing." in " ".join(process.cmdline())
         return not helper and process.status() != psutil.STATUS_ZOMBIE

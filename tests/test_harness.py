@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
+from processes import run, run_program
 
 import parablock as pb
 from parablock.config import EvalConfig
@@ -26,7 +26,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 
 from parablock.evals.harness import ParablockLM  # noqa: E402
 from parablock.evals.likelihood import log_likelihood  # noqa: E402
-from parablock.evals.tasks import load_tasks, parse_data, word_problems  # noqa: E402
+from parablock.evals.tasks import load_tasks, parse_data  # noqa: E402
 
 TEST, TRAIN = (Path(__file__).parent / name for name in ("gsm8k_test_head.jsonl", "gsm8k_head.jsonl"))  # MIT licence
 LAUNCH = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no --main_process_port=0"
@@ -51,8 +51,9 @@ def _chat(lm: ParablockLM, question: str) -> str:
 
 def test_it_has_the_accuracy_of_the_demo(lm: ParablockLM) -> None:
     lm.costs.clear()
+    manager, tasks = load_tasks(["word_problems"], seed=4)
     found = lm_eval.simple_evaluate(
-        model=lm, tasks=[word_problems(4)], limit=40, apply_chat_template=True, bootstrap_iters=0
+        model=lm, tasks=tasks, task_manager=manager, limit=40, apply_chat_template=True, bootstrap_iters=0
     )
     expected = evaluate(lm.model, lm.tokenizer, task.test_problems(4, 40), pb.DecodeConfig(max_new_tokens=96))
     assert found["results"]["word_problems"]["exact_match,none"] == expected.accuracy
@@ -62,9 +63,10 @@ def test_it_has_the_accuracy_of_the_demo(lm: ParablockLM) -> None:
 
 
 def test_the_harness_makes_it_by_name_and_ar_is_transformers_own() -> None:
+    manager, tasks = load_tasks(["word_problems"], seed=4)
     found = lm_eval.simple_evaluate(
-        model="parablock", model_args="pretrained=bundled-ar,mode=autoregressive", tasks=[word_problems(4)], limit=10,
-        apply_chat_template=True, bootstrap_iters=0, batch_size=4,
+        model="parablock", model_args="pretrained=bundled-ar,mode=autoregressive", tasks=tasks, task_manager=manager,
+        limit=10, apply_chat_template=True, bootstrap_iters=0, batch_size=4,
     )  # fmt: skip
     model, tokenizer = pb.load("bundled-ar")
     for sample in found["samples"]["word_problems"]:
