@@ -177,14 +177,17 @@ def _endless_model(folder: Path) -> Path:
     """The bundled model, deeper and with random weights: never sure, so one slow token per forward, without an end."""
     model, tokenizer = pb.load("bundled")
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.layer_types, config.max_position_embeddings = 24, None, 2048
+    config.num_hidden_layers, config.layer_types, config.max_position_embeddings = 48, None, 2048
     torch.manual_seed(1)
     pb.save(type(model)(type(config)(**config.to_dict())), tokenizer, folder)
     return folder
 
 
-def _race_is_running(page: Any) -> None:
-    page.wait_for_function("document.querySelectorAll('.pb-lane:has(.pb-token)').length === 2")
+def _race_without_end(page: Any) -> None:
+    page.get_by_label("number input for Max tokens").fill("1900")
+    page.get_by_label("number input for Max tokens").blur()
+    _ask(page, QUESTION, "#race")
+    page.wait_for_function("document.querySelectorAll('.pb-lane[data-state=running]:has(.pb-token)').length === 2")
 
 
 @in_browser
@@ -198,15 +201,13 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
         with start("app", "--url", url, "--port", free_port(), environment=key) as app:
             address = app.wait_for(ADDRESS)
             page = open_page(address)
-            _ask(page, QUESTION, "#race")
-            _race_is_running(page)
+            _race_without_end(page)
             page.click("#stop")
             expect(page.locator(".pb-stage > .pb-alert")).to_contain_text("Stopped")
             expect(page.locator("#ask")).to_be_enabled()
             expect(page.locator(".pb-lane").first).to_have_attribute("data-state", "stopped")
             assert [server.wait_for(ENDS, n) for n in (1, 2)] == ['"outcome": "cancelled"'] * 2
-            _ask(page, QUESTION, "#race")
-            _race_is_running(page)
+            _race_without_end(page)
             page.close()
             assert [server.wait_for(ENDS, n) for n in (3, 4)] == ['"outcome": "cancelled"'] * 2
             page = open_page(address)
