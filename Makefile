@@ -1,6 +1,8 @@
 # `make demo` and `make test` work on a fresh machine with Python >= 3.11; each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
+# test files run beside each other in so many processes; 0: all in one
+WORKERS ?= auto
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # waiting threads must not spin: on a shared machine that slows small models down many times
@@ -9,20 +11,20 @@ export OMP_WAIT_POLICY = passive
 .PHONY: demo test check lint types docs build bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/parablock demo
+	$(BIN)/python -m parablock demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-check: lint types docs test build
+check: lint types docs build test
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/hadolint Dockerfile
 
 types: $(VENV)/.dev
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 # the documentation site, in build/site; a broken link or a missing reference is an error
 docs: $(VENV)/.dev
@@ -33,7 +35,7 @@ build: $(VENV)/.dev
 	rm -rf dist build/wheel-check
 	$(BIN)/python -m build --wheel --outdir dist
 	$(PIP) --no-deps --target build/wheel-check dist/*.whl
-	cd build && PYTHONPATH=wheel-check ../$(BIN)/python -m parablock generate --json "Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?"
+	PYTHONPATH=build/wheel-check $(BIN)/python -P -m parablock generate --json "Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?"
 
 # the figures of the README, measured on this machine
 bench: $(VENV)/.dev

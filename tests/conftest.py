@@ -1,15 +1,33 @@
-"""Shared by the tests: one thread-friendly setting, the golden model, and small random models."""
+"""Shared by the tests: the session and what it must not leave behind, the golden model, small random models."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["OMP_WAIT_POLICY"] = "passive"
-os.environ["HF_HUB_OFFLINE"] = "1"
+if "PARABLOCK_TESTS" not in os.environ:  # else a process that the tests have started
+    os.environ["PARABLOCK_TESTS"] = tempfile.mkdtemp(prefix="parablock-tests-")
+    atexit.register(shutil.rmtree, os.environ["PARABLOCK_TESTS"], ignore_errors=True)
+SCRATCH = os.environ["PARABLOCK_TESTS"]
+os.environ |= {
+    "OMP_WAIT_POLICY": "passive",
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # what libraries keep for later would outlive the tests, and be shared with those of another checkout
+    "HF_DATASETS_CACHE": f"{SCRATCH}/datasets",
+    "HF_MODULES_CACHE": f"{SCRATCH}/modules",
+    "HYPOTHESIS_STORAGE_DIRECTORY": f"{SCRATCH}/hypothesis",
+    "TORCHINDUCTOR_CACHE_DIR": f"{SCRATCH}/inductor",
+}
 
 import json
-import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -28,6 +46,40 @@ SHAPE = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write docs/architectures.md from what the tests saw")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # then, too, the tests clean up
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """As many as there are processors for us; more than four only repeat what is made once per worker."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return None
+    return min(len(os.sched_getaffinity(0)), 4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    os.environ["PARABLOCK_TESTS_BY"] = str(os.getpid())
+    yield
+    left = [process for process in psutil.process_iter() if _is_ours(process)]
+    told = [f"{process.pid} {' '.join(process.cmdline())}" for process in left]
+    for process in left:
+        process.kill()
+    assert not left, told
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    """Started by these tests, and no helper that ends with them."""
+    try:
+        if process.environ().get("PARABLOCK_TESTS_BY") != str(os.getpid()):
+            return False
+        helper = process.ppid() == os.getpid() and "from multiprocessing." in " ".join(process.cmdline())
+        return not helper and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @pytest.fixture(autouse=True)

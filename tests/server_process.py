@@ -1,11 +1,8 @@
 """A real server process for the tests, with the real client."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +11,20 @@ from typing import Any
 
 import httpx
 import openai
+from processes import Running, start
 
 QUESTION = "Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?"
 ASK: dict[str, Any] = {"model": "bundled", "messages": [{"role": "user", "content": QUESTION}]}
 # 400 tokens, one per forward: nothing else ends it
 LONG = ASK | {"max_tokens": 400, "seed": 2, "temperature": 90.0, "extra_body": {"mode": "autoregressive"}}
 
+HELD: list[socket.socket] = []  # until the tests end
+
 
 class Served:
     """A running `parablock serve` and what it has logged."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: Running, log: Path) -> None:
         self.process = process
         self._log = log
         self.url = self._wait_for_url()
@@ -63,19 +63,18 @@ class Served:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that nobody else gets: a socket that does not listen holds it, and a server may still bind it."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    HELD.append(holder)
+    port: int = holder.getsockname()[1]
+    return port
 
 
 @contextmanager
-def serve(log: Path, *arguments: str, port: int = 0, **environment: str) -> Iterator[Served]:
-    command = [sys.executable, "-m", "parablock", "serve", *arguments, "--port", str(port)]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, env={**os.environ, **environment})
-    try:
+def serve(log: Path, *arguments: str, port: int = 0, cold: bool = False, **environment: str) -> Iterator[Served]:
+    log.touch()
+    command = ("serve", *arguments, "--port", port)
+    with start(*command, cold=cold, stderr=str(log), environment=environment) as process:
         yield Served(process, log)
-    finally:
-        process.kill()
-        process.wait()

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 import yaml
 from bundle_model import STAGES
+from processes import run, run_program, start
 from recipe_costs import with_cost
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -33,13 +32,6 @@ SMALL = ("--batch-size", "4", "--micro-batch-size", "4", "--context-length", "25
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
-
-
-def run(*args: str | Path, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    command = [sys.executable, *launcher, "-m", "parablock", *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -149,7 +141,7 @@ def test_adapt_from_a_file_to_a_checkpoint(tmp_path: Path) -> None:
     recipe.write_text(
         yaml.safe_dump({"data": str(data), "steps": 3, "lr": "1e-3", "check_every": 2, "check_samples": 4})
     )
-    out = run("adapt", "bundled-ar", "--recipe", recipe, "-o", tmp_path / "run", *SMALL, "--steps", "4")
+    out = run("adapt", "bundled-ar", "--recipe", recipe, "-o", tmp_path / "run", *SMALL, "--steps", "4", cold=True)
     assert out.returncode == 0, out.stderr
     for said in ("80 kept", "fill rate", "cost:", "step      4  loss", "check: ", "is the checkpoint"):
         assert said in out.stdout, said
@@ -174,15 +166,11 @@ def test_adapt_from_a_file_to_a_checkpoint(tmp_path: Path) -> None:
 
 def test_sigterm_says_how_to_continue(tmp_path: Path) -> None:
     options = ("--data", "word-problems", "-o", str(tmp_path / "run"), "--steps", "1000", "--save-every", "500", *SMALL)
-    command = [sys.executable, "-u", "-m", "parablock", "adapt", "bundled-ar", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step      3"):
-            process.terminate()
-            break
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 143
+    with start("adapt", "bundled-ar", *options, cold=True, environment={"PYTHONUNBUFFERED": "1"}) as process:
+        process.wait_for("^step      3")
+        process.terminate()
+        assert process.wait() == 143
+        said = process.err
     assert said.strip().splitlines()[-1].startswith("parablock: stopped by SIGTERM after step")
     assert "--resume continues" in said
     assert list((tmp_path / "run" / "run").glob("checkpoint-*/whole"))
@@ -200,8 +188,9 @@ def test_lora_under_torchrun(tmp_path: Path) -> None:
     options = (*SMALL, "--steps", "2", "--lora-rank", "4", "--micro-batch-size", "2", "--block-size", "16")
     chats = [{"messages": word_problem("train", 7, i).messages()} for i in range(60)]
     data = write_rows(tmp_path / "chats.jsonl", chats)
-    command = ("adapt", "bundled-ar", "--data", data, "-o", tmp_path / "run", *options)
-    out = run(*command, processes=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "parablock", "adapt", "bundled-ar", "--data", data, "-o", tmp_path / "run", *options]
+    out = run_program(command)
     assert out.returncode == 0, out.stderr
     assert out.stdout.count("fill rate") == 1  # the first process speaks
     assert out.stderr.count("tokenizing: 100%") == 1  # and tokenizes, for both

@@ -1,13 +1,12 @@
 """`parablock bench`: the load it makes, the table it writes, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import small_model
+from processes import run
 
 import parablock as pb
 from parablock.bench.config import BenchConfig
@@ -20,11 +19,6 @@ TINY = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 512,
 }  # fmt: skip
-
-
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "parablock", "bench", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_load_keeps_so_many_in_flight_and_loses_none() -> None:
@@ -72,7 +66,7 @@ def test_cases_and_speed_ups() -> None:
 
 
 def test_the_command_on_the_bundled_models(tmp_path: Path) -> None:
-    out = run("--concurrency", "1,2", "--repeats", "1", "--requests", "2", "--folder", str(tmp_path))
+    out = run("bench", "--concurrency", "1,2", "--repeats", 1, "--requests", 2, "--folder", tmp_path, cold=True)
     assert out.returncode == 0, out.stderr
     report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
     assert [row["mode"] for row in report["rows"]] == ["autoregressive", "diffusion"] * 2
@@ -88,7 +82,7 @@ def test_the_command_on_the_bundled_models(tmp_path: Path) -> None:
 def test_the_command_on_a_shape(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     out = run(
-        "--random-weights", str(tmp_path / "config.json"), "--prompt-tokens", "16,64", "--new-tokens", "32",
+        "bench", "--random-weights", str(tmp_path / "config.json"), "--prompt-tokens", "16,64", "--new-tokens", "32",
         "--tokens-per-step", "2", "--concurrency", "1", "--requests", "1", "--repeats", "1", "--folder", str(tmp_path),
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
@@ -114,7 +108,7 @@ def test_the_command_on_a_shape(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments(args: list[str], message: str) -> None:
-    out = run(*args)
+    out = run("bench", *args)
     assert out.returncode == 2
     assert message in out.stderr
     assert out.stderr.count("\n") == 1

@@ -8,19 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from processes import run, run_program, start
 
 import parablock
 from parablock.data.word_problems import read_answer, word_problem
 
-COMMAND = [sys.executable, "-m", "parablock"]
 QUESTION = word_problem("test", 5, 0).question
-
-
-def run(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=300, check=False, **options)
 
 
 def test_version_and_help_import_nothing_heavy() -> None:
@@ -28,8 +23,8 @@ def test_version_and_help_import_nothing_heavy() -> None:
         "import sys, parablock.engine.config, parablock.cli; parablock.cli.app(['--help'], standalone_mode=False); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
-    assert run("--version").stdout.strip() == f"parablock {parablock.__version__}"
+    assert run_program([sys.executable, "-c", code]).returncode == 0
+    assert run("--version", cold=True).stdout.strip() == f"parablock {parablock.__version__}"
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "demo", "bench"])
@@ -47,7 +42,7 @@ def test_public_names() -> None:
 
 
 def test_generate_answers_from_argument_and_stdin() -> None:
-    argument = run("generate", QUESTION)
+    argument = run("generate", QUESTION, cold=True)
     assert argument.returncode == 0, argument.stderr
     assert argument.stderr == ""
     assert read_answer(argument.stdout) is not None
@@ -114,8 +109,7 @@ def test_unknown_options_and_commands(args: list[str]) -> None:
 def test_chat_in_a_real_terminal() -> None:
     """Ask, recall the question with the arrow key, clear, exit."""
     parent, child = pty.openpty()
-    process = subprocess.Popen([*COMMAND, "chat"], stdin=child, stdout=child, stderr=child, close_fds=True)
-    os.close(child)
+    terminal = os.ttyname(child)
     seen = ""
 
     def wait_for(text: str, times: int) -> None:
@@ -125,14 +119,19 @@ def test_chat_in_a_real_terminal() -> None:
             assert time.monotonic() < end, seen
             seen += os.read(parent, 4096).decode(errors="replace")
 
-    wait_for("> ", 1)
-    os.write(parent, QUESTION.encode() + b"\n")
-    wait_for("tokens per forward", 1)
-    wait_for("> ", 2)
-    os.write(parent, b"\x1b[A\n")  # arrow up: the same question again
-    wait_for("tokens per forward", 2)
-    os.write(parent, b"clear\nexit\n")
-    assert process.wait(timeout=60) == 0
+    try:
+        with start("chat", cold=True, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+            wait_for("> ", 1)
+            os.write(parent, QUESTION.encode() + b"\n")
+            wait_for("tokens per forward", 1)
+            wait_for("> ", 2)
+            os.write(parent, b"\x1b[A\n")  # arrow up: the same question again
+            wait_for("tokens per forward", 2)
+            os.write(parent, b"clear\nexit\n")
+            assert process.wait() == 0
+    finally:
+        os.close(child)
+        os.close(parent)
     assert seen.count("####") == 2
     assert "tokens/s" in seen
 
@@ -144,16 +143,11 @@ def test_chat_reads_piped_questions() -> None:
 
 
 def test_ctrl_c_is_clean(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "demo", "--bundled", "--problems", "500"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    process.stdout.readline()  # it has begun
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+    with start("demo", "--bundled", "--problems", "500", cold=True, cwd=tmp_path) as process:
+        process.wait_for(".")  # it has begun
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert "Traceback" not in process.err
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run
 
 from parablock.evals import code, sandbox
 from parablock.evals.code import CodeScore, chat_prompt, cut_answer, load_problems, prepare, score
@@ -70,10 +71,7 @@ def run_script(python: Path, folder: Path, text: str, **limits: Any) -> bytes:
 def test_the_command_asks_saves_and_scores(humaneval: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     options = ["--tasks", "humaneval", "--run-code", "--data", f"humaneval={humaneval}", "--limit", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "parablock", "eval", "bundled", *options, "--max-new-tokens", "64", "-o", folder],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run("eval", "bundled", *options, "--max-new-tokens", "64", "-o", folder)
     assert done.returncode == 0, done.stderr
     report, samples = read(folder)
     found = report["tasks"]["humaneval"]
@@ -254,13 +252,14 @@ def test_harmful_answers_fail_and_harm_nobody(
 def test_sandbox_shows_nothing_of_the_machine(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     abstract = socket.socket(socket.AF_UNIX)
-    abstract.bind("\0parablock-test")  # these need no file
+    name = f"\0parablock-{os.getpid()}"
+    abstract.bind(name)  # these need no file
     abstract.listen()
     seen = json.loads(
         run_script(
             python,
             tmp_path,
-            """
+            f"""
             import ctypes, json, os, socket
             libc = ctypes.CDLL(None, use_errno=True)
             def refused(action):
@@ -272,8 +271,8 @@ def test_sandbox_shows_nothing_of_the_machine(python: Path, tmp_path: Path, monk
                 with open(path, "w") as file:
                     file.write("x")
             def connect():
-                socket.socket(socket.AF_UNIX).connect("\\0parablock-test")
-            seen = {
+                socket.socket(socket.AF_UNIX).connect({name!r})
+            seen = {{
                 "root": sorted(os.listdir("/")),
                 "environment": sorted(os.environ),
                 "others": [p for p in range(5, 400) if not refused(lambda: os.kill(p, 0))],
@@ -282,7 +281,7 @@ def test_sandbox_shows_nothing_of_the_machine(python: Path, tmp_path: Path, monk
                 "mount": refused(lambda: libc.mount(b"x", b"/tmp", b"tmpfs", 0, None)),
                 "namespace": refused(lambda: libc.unshare(0x10000000) or libc.mount(None, b"/usr", None, 4128, None)),
                 "first": refused(lambda: os.kill(1, 9)),
-            }
+            }}
             write("/tmp/x")
             write("/out/x")
             open("/out/result", "w").write(json.dumps(seen))

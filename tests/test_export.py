@@ -194,7 +194,7 @@ def test_lora_adapters_are_loaded_and_merged(adapter: Path, tmp_path: Path) -> N
 
 
 def test_lora_trains_with_the_recipe(tmp_path: Path) -> None:
-    from test_training import CONFIG, samples
+    from train_worker import CONFIG, samples
 
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
     model = get_peft_model(small_model(), LoraConfig(r=4, target_modules="all-linear"))

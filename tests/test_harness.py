@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run, run_program
 
 import parablock as pb
 from parablock.data.chat import encode_prompt
@@ -26,18 +26,11 @@ from lm_eval.api.instance import Instance  # noqa: E402
 
 from parablock.evals.harness import ParablockLM  # noqa: E402
 from parablock.evals.likelihood import log_likelihood  # noqa: E402
-from parablock.evals.tasks import load_tasks, parse_data, word_problems  # noqa: E402
+from parablock.evals.tasks import load_tasks, parse_data  # noqa: E402
 
 TEST, TRAIN = (Path(__file__).parent / name for name in ("gsm8k_test_head.jsonl", "gsm8k_head.jsonl"))  # MIT licence
-PARABLOCK = [sys.executable, "-m", "parablock"]
 LAUNCH = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no --main_process_port=0"
 QUESTIONS = [problem.question for problem in task.test_problems(3, 6)]
-
-
-def _run(*args: object, command: list[str] = PARABLOCK, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*command, *map(str, args)], capture_output=True, text=True, timeout=300, check=False, **options
-    )
 
 
 def _instances(kind: str, arguments: list[tuple[Any, ...]], task: str = "task") -> list[Instance]:
@@ -58,8 +51,9 @@ def _chat(lm: ParablockLM, question: str) -> str:
 
 def test_it_has_the_accuracy_of_the_demo(lm: ParablockLM) -> None:
     lm.costs.clear()
+    manager, tasks = load_tasks(["word_problems"], seed=4)
     found = lm_eval.simple_evaluate(
-        model=lm, tasks=[word_problems(4)], limit=40, apply_chat_template=True, bootstrap_iters=0
+        model=lm, tasks=tasks, task_manager=manager, limit=40, apply_chat_template=True, bootstrap_iters=0
     )
     expected = evaluate(lm.model, lm.tokenizer, task.test_problems(4, 40), pb.DecodeConfig(max_new_tokens=96))
     assert found["results"]["word_problems"]["exact_match,none"] == expected.accuracy
@@ -69,9 +63,10 @@ def test_it_has_the_accuracy_of_the_demo(lm: ParablockLM) -> None:
 
 
 def test_the_harness_makes_it_by_name_and_ar_is_transformers_own() -> None:
+    manager, tasks = load_tasks(["word_problems"], seed=4)
     found = lm_eval.simple_evaluate(
-        model="parablock", model_args="pretrained=bundled-ar,mode=autoregressive", tasks=[word_problems(4)], limit=10,
-        apply_chat_template=True, bootstrap_iters=0, batch_size=4,
+        model="parablock", model_args="pretrained=bundled-ar,mode=autoregressive", tasks=tasks, task_manager=manager,
+        limit=10, apply_chat_template=True, bootstrap_iters=0, batch_size=4,
     )  # fmt: skip
     model, tokenizer = pb.load("bundled-ar")
     for sample in found["samples"]["word_problems"]:
@@ -220,7 +215,7 @@ def test_unknown_tasks_and_data_that_cannot_be_fetched() -> None:
 def test_a_run_its_files_and_a_comparison(tmp_path: Path) -> None:
     first, second = tmp_path / "one", tmp_path / "two"
     tasks = ["--tasks", "gsm8k,word_problems", "--data", f"gsm8k={TEST}", "--data", f"gsm8k:train={TRAIN}"]
-    one = _run("eval", "bundled", *tasks, "--limit", 6, "--max-new-tokens", 48, "-o", first, cwd=tmp_path)
+    one = run("eval", "bundled", *tasks, "--limit", 6, "--max-new-tokens", 48, "-o", first, cwd=tmp_path, cold=True)
     assert one.returncode == 0, one.stderr
     report, samples = read(first)
     assert report["decoding"]["threshold"] == 0.9
@@ -239,12 +234,12 @@ def test_a_run_its_files_and_a_comparison(tmp_path: Path) -> None:
     assert sum(solved) / 6 == report["tasks"]["word_problems"]["metrics"]["exact_match,none"]["value"]
     assert "word_problems" in one.stdout
 
-    again = _run("eval", "bundled", *tasks, "-o", first)
+    again = run("eval", "bundled", *tasks, "-o", first)
     assert again.returncode == 2
     assert "holds an evaluation already" in again.stderr
-    two = _run("eval", "bundled-ar", "--mode", "autoregressive", "--tasks", "word_problems", "--limit", 6, "-o", second)
+    two = run("eval", "bundled-ar", "--mode", "autoregressive", "--tasks", "word_problems", "--limit", 6, "-o", second)
     assert two.returncode == 0, two.stderr
-    compared = _run("eval", "--compare", first, second)
+    compared = run("eval", "--compare", first, second)
     assert compared.returncode == 0, compared.stderr
     assert "decoding.mode: diffusion | autoregressive" in compared.stdout
     assert "model: bundled | bundled-ar" in compared.stdout
@@ -252,10 +247,10 @@ def test_a_run_its_files_and_a_comparison(tmp_path: Path) -> None:
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     options = ["--tasks", "word_problems", "--limit", 9, "--question-seed", 5]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), "-m", "parablock"]
-    two = _run("eval", "bundled", *options, "-o", tmp_path / "two", command=launch)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split()]
+    two = run_program([*launcher, "-m", "parablock", "eval", "bundled", *options, "-o", tmp_path / "two"])
     assert two.returncode == 0, two.stderr
-    one = _run("eval", "bundled", *options, "-o", tmp_path / "one")
+    one = run("eval", "bundled", *options, "-o", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     (report_1, samples_1), (report_2, samples_2) = read(tmp_path / "one"), read(tmp_path / "two")
     assert (report_1["processes"], report_2["processes"]) == (1, 2)
@@ -286,18 +281,14 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         (["bundled-ar", "--tasks", "word_problems", "--mode", "diffusion"], "never adapted"),
         (["no/such/model", "--tasks", "word_problems"], "no/such/model"),
     ]
-    started = [
-        subprocess.Popen([*PARABLOCK, "eval", *map(str, args)], stdout=-1, stderr=-1, text=True, cwd=tmp_path)
-        for args, _ in cases
-    ]
-    for (args, says), process in zip(cases, started, strict=True):
-        _, told = process.communicate(timeout=300)
-        lines = [line for line in told.splitlines() if "Loading weights" not in line]
-        assert process.returncode == 2, (args, told)
-        assert len(lines) == 1, told
+    for args, says in cases:
+        out = run("eval", *args, cwd=tmp_path)
+        lines = [line for line in out.stderr.splitlines() if "Loading weights" not in line]
+        assert out.returncode == 2, (args, out.stderr)
+        assert len(lines) == 1, out.stderr
         assert says in lines[0]
     assert not (tmp_path / "parablock-eval").exists()
-    plain = _run("eval", tmp_path / "plain", "--tasks", "word_problems", "--limit", 2, cwd=tmp_path)
+    plain = run("eval", tmp_path / "plain", "--tasks", "word_problems", "--limit", 2, cwd=tmp_path)
     assert plain.returncode == 0, plain.stderr
     assert "no chat template: questions are put as they are" in plain.stdout
     assert len(list((tmp_path / "parablock-eval").glob("plain-*/results.json"))) == 1

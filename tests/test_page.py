@@ -1,12 +1,9 @@
 """The web page in a real Chromium, over a real `parablock app` with a server of its own."""
 
 import copy
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,8 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
+from processes import run, start
+from server_process import free_port
 
 import parablock as pb
 from parablock.app.client import Client
@@ -28,40 +27,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: apt-get install chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 QUESTION = "Nola had 80 lemons but lost 38 of them. On Friday 29 lemons break. How many lemons are there in the end?"
+ADDRESS = r"http://[\d.]+:\d+"
+ENDS = r'"outcome": "\w+"'
 PHONE = {"width": 390, "height": 844}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _start(*args: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "parablock", *map(str, args)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {})
-    )
-
-
-def _await_line(process: subprocess.Popen[str], pattern: str) -> str:
-    assert process.stdout is not None
-    told = []
-    for line in process.stdout:
-        told.append(line)
-        if found := re.search(pattern, line):
-            return found[0]
-    raise AssertionError("".join(told))
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    process = _start("app", "--port", _free_port())
-    try:
-        yield _await_line(process, r"http://[\d.]+:\d+")
-    finally:
-        process.terminate()
-        process.wait(60)
+    with start("app", "--port", free_port(), cold=True) as process:
+        yield process.wait_for(ADDRESS)
 
 
 @pytest.fixture(scope="module")
@@ -203,67 +177,60 @@ def _endless_model(folder: Path) -> Path:
     """The bundled model, deeper and with random weights: never sure, so one slow token per forward, without an end."""
     model, tokenizer = pb.load("bundled")
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.layer_types, config.max_position_embeddings = 24, None, 2048
+    config.num_hidden_layers, config.layer_types, config.max_position_embeddings = 48, None, 2048
     torch.manual_seed(1)
     pb.save(type(model)(type(config)(**config.to_dict())), tokenizer, folder)
     return folder
 
 
-def _race_is_running(page: Any) -> None:
-    page.wait_for_function("document.querySelectorAll('.pb-lane:has(.pb-token)').length === 2")
+def _race_without_end(page: Any) -> None:
+    page.get_by_label("number input for Max tokens").fill("1900")
+    page.get_by_label("number input for Max tokens").blur()
+    _ask(page, QUESTION, "#race")
+    page.wait_for_function("document.querySelectorAll('.pb-lane[data-state=running]:has(.pb-token)').length === 2")
 
 
 @in_browser
 def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, tmp_path: Path) -> None:
     key = {"PARABLOCK_API_KEY": "secret"}
-    server = _start("serve", _endless_model(tmp_path / "model"), "--port", _free_port(), env=key)
-    try:
-        url = _await_line(server, r"http://[\d.]+:\d+")
+    model = _endless_model(tmp_path / "model")
+    with start("serve", model, "--port", 0, environment=key) as server:
+        url = server.wait_for(ADDRESS)
         with pytest.raises(ValueError, match="PARABLOCK_API_KEY"):
             Client(url, "wrong").models()
-        app = _start("app", "--url", url, "--port", _free_port(), env=key)
-        try:
-            address = _await_line(app, r"http://[\d.]+:\d+")
+        with start("app", "--url", url, "--port", free_port(), environment=key) as app:
+            address = app.wait_for(ADDRESS)
             page = open_page(address)
-            _ask(page, QUESTION, "#race")
-            _race_is_running(page)
+            _race_without_end(page)
             page.click("#stop")
             expect(page.locator(".pb-stage > .pb-alert")).to_contain_text("Stopped")
             expect(page.locator("#ask")).to_be_enabled()
             expect(page.locator(".pb-lane").first).to_have_attribute("data-state", "stopped")
-            assert [_await_line(server, r'"outcome": "\w+"') for _ in range(2)] == ['"outcome": "cancelled"'] * 2
-            _ask(page, QUESTION, "#race")
-            _race_is_running(page)
+            assert [server.wait_for(ENDS, n) for n in (1, 2)] == ['"outcome": "cancelled"'] * 2
+            _race_without_end(page)
             page.close()
-            assert [_await_line(server, r'"outcome": "\w+"') for _ in range(2)] == ['"outcome": "cancelled"'] * 2
+            assert [server.wait_for(ENDS, n) for n in (3, 4)] == ['"outcome": "cancelled"'] * 2
             page = open_page(address)
             server.kill()
-            server.wait(60)
+            server.wait()
             _ask(page, QUESTION)
             expect(page.locator(".pb-lane .pb-alert")).to_contain_text("is gone")
-        finally:
-            app.terminate()
-            app.wait(60)
-    finally:
-        server.kill()
-        server.wait(60)
 
 
 def test_wrong_options_are_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        cases = [
-            (["--port", "0"], "port=0"),
-            (["--port", str(taken.getsockname()[1])], "choose another with --port"),
-            (["--url", "http://127.0.0.1:9", "--port", str(_free_port())], "parablock serve"),
-            (["--url", "nonsense", "--port", str(_free_port())], "url='nonsense'"),
-            (["no/such/model", "--port", str(_free_port())], "no/such/model"),
-        ]
-        started = [_start("app", *args) for args, _ in cases]
-        told = [process.communicate(timeout=200)[0] for process in started]
-    for (_, says), process, output in zip(cases, started, told, strict=True):
-        assert process.returncode == 2
-        assert len(output.splitlines()) == 1, output
-        assert says in output
+        for args, says in (
+            (["--port", 0], "port=0"),
+            (["--port", taken.getsockname()[1]], "choose another with --port"),
+            (["--url", "http://127.0.0.1:9", "--port", free_port()], "parablock serve"),
+            (["--url", "nonsense", "--port", free_port()], "url='nonsense'"),
+            (["no/such/model", "--port", free_port()], "no/such/model"),
+        ):
+            out = run("app", *args)
+            told = out.stdout + out.stderr
+            assert out.returncode == 2
+            assert len(told.splitlines()) == 1, told
+            assert says in told
 
 
 def test_the_page_has_its_files() -> None:

@@ -1,9 +1,9 @@
 """Trainings that are killed, stopped, starved of disk or lost: what is left is whole, and going on ends the same."""
 
+import json
 import random
 import resource
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import train_worker
 from conftest import small_model
-from test_training import CONFIG, ENVIRONMENT, run_worker, samples, worker
+from processes import start_function, start_program
+from test_training import ENVIRONMENT, run_worker
+from train_worker import CONFIG, samples
 from transformers import AutoTokenizer, TrainerCallback
 
 import parablock as pb
@@ -23,26 +26,27 @@ LONG: dict[str, Any] = {"steps": 24, "log_every": 1, "save_every": 2, "optimizer
 
 
 def run_until(
-    folder: Path, step: int, how: int, *flags: str, processes: int = 0, changes: dict[str, Any] = LONG
-) -> subprocess.Popen[str]:
-    """Start the worker and send it a signal once it has reported `step`."""
-    command = worker(folder, changes, *flags, processes=processes)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("STEP") and int(line.split()[1]) >= step:
-            process.send_signal(how)
-            break
-    process.communicate(timeout=120)
-    return process
+    folder: Path, step: int, how: int, *flags: str, processes: int = 1, changes: dict[str, Any] = LONG
+) -> int:
+    """Start the worker, alone or under torchrun, send it a signal once it has reported `step`; the exit status."""
+    arguments = [str(folder), json.dumps(changes), *flags]
+    if processes == 1:
+        started = start_function(train_worker.main, arguments, environment=ENVIRONMENT)
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        command = [sys.executable, *launcher, train_worker.__file__, *arguments]
+        started = start_program(command, environment=ENVIRONMENT)
+    with started as process:
+        process.wait_for(f"^STEP {step}$")
+        process.send_signal(how)
+        return process.wait()
 
 
 def test_killed_at_random_steps_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = run_worker(tmp_path / "whole", LONG)
     draw = random.Random(0)
     for step in (draw.randint(3, 8), draw.randint(11, 20)):
-        process = run_until(tmp_path / "killed", step, signal.SIGKILL, "--resume")
-        assert process.returncode == -signal.SIGKILL
+        assert run_until(tmp_path / "killed", step, signal.SIGKILL, "--resume") == -signal.SIGKILL
         assert not (tmp_path / "killed" / "model").exists()
     # what a kill in the middle of a write leaves is not resumed from
     newest = checkpoints(tmp_path / "killed" / "run")[-1]
@@ -55,13 +59,12 @@ def test_killed_at_random_steps_it_ends_with_the_same_weights(tmp_path: Path) ->
         assert torch.equal(p, again[name]), name
 
 
-@pytest.mark.parametrize(("processes", "changes"), [(0, {}), (2, {"fsdp": True})], ids=["alone", "fsdp2"])
+@pytest.mark.parametrize(("processes", "changes"), [(1, {}), (2, {"fsdp": True})], ids=["alone", "fsdp2"])
 def test_sigterm_ends_with_a_checkpoint_and_nothing_is_lost(
     tmp_path: Path, processes: int, changes: dict[str, Any]
 ) -> None:
     changes = {**LONG, "steps": 12, **changes}
-    process = run_until(tmp_path / "stopped", 5, signal.SIGTERM, processes=processes, changes=changes)
-    assert process.returncode == 1
+    assert run_until(tmp_path / "stopped", 5, signal.SIGTERM, processes=processes, changes=changes) == 1
     newest = checkpoints(tmp_path / "stopped" / "run")[-1]
     assert 5 <= int(newest.name.split("-")[1]) < 12
     again = run_worker(tmp_path / "stopped", changes, "--resume", processes=processes)
@@ -87,35 +90,24 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
         pb.train(model, tokenizer, samples(60), config, tmp_path / "b", callbacks=[Poison()])
 
 
-FULL_DISK = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-sys.path[:0] = sys.argv.pop(1).split(":")
-from dataclasses import replace
-from transformers import AutoTokenizer, TrainerCallback
-import parablock as pb
-from conftest import small_model
-from parablock.checkpoints.look import BUNDLED
-from test_training import CONFIG, samples
-
-class Fill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
+class FullDisk(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:  # from now on no file can grow beyond 20 kB
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
-config = replace(CONFIG, steps=12, save_every=2)
-pb.train(small_model(), tokenizer, samples(60), config, sys.argv[1], callbacks=[Fill()])
-"""
+
+def train_on_a_full_disk(folder: str) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
+    config = replace(CONFIG, steps=12, save_every=2)
+    pb.train(small_model(), tokenizer, samples(60), config, folder, callbacks=[FullDisk()])
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", FULL_DISK, f"{here}:{here.parent / 'benchmarks'}", str(tmp_path / "run")]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
-    assert out.returncode == 1
-    assert "a checkpoint could not be written" in out.stderr
-    assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}" in out.stderr
+    with start_function(train_on_a_full_disk, str(tmp_path / "run"), environment=ENVIRONMENT) as process:
+        assert process.wait() == 1
+        assert "a checkpoint could not be written" in process.err
+        assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}" in process.err
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # it was the other process
 

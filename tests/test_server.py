@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+from processes import run_program
 from server_process import ASK, LONG, QUESTION, Served, serve
 
 import parablock as pb
@@ -22,7 +22,7 @@ from parablock.server.config import ServeConfig
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tmp_path_factory.mktemp("log") / "stderr", "--also", "bundled-ar") as served:
+    with serve(tmp_path_factory.mktemp("log") / "stderr", "--also", "bundled-ar", cold=True) as served:
         yield served
 
 
@@ -271,7 +271,7 @@ def test_health_metrics_and_logs(server: Served, bundled: tuple[Any, Any]) -> No
 
 def test_the_example_runs(server: Served, bundled: tuple[Any, Any]) -> None:
     script = Path(__file__).parent.parent / "examples" / "serving.py"
-    out = subprocess.run([sys.executable, script, f"{server.url}/v1"], capture_output=True, text=True, check=False)
+    out = run_program([sys.executable, script, f"{server.url}/v1"])
     assert out.returncode == 0, out.stderr
     assert "tokens per forward" in out.stdout
     assert "1 distinct answer of 16" in out.stdout

@@ -6,8 +6,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run, start
 from server_process import ASK, LONG, Served, free_port, serve
 
 import parablock as pb
@@ -177,8 +176,7 @@ def test_a_deadline_and_a_port_that_is_taken(tmp_path: Path) -> None:
         served.wait_until_idle()
         assert served.metric("parablock_requests_total", outcome="error") == 2
 
-        command = [sys.executable, "-m", "parablock", "serve", "--port", served.url.rsplit(":", 1)[1]]
-        taken = subprocess.run(command, capture_output=True, text=True, check=False)
+        taken = run("serve", "--port", served.url.rsplit(":", 1)[1])
         assert (taken.returncode, len(taken.stderr.splitlines())) == (2, 1)
         assert "--port" in taken.stderr
         served.process.send_signal(signal.SIGTERM)  # nothing is running
@@ -218,23 +216,19 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written() -> None:
     port = free_port()
-    command = [sys.executable, "-m", "parablock", "serve", "--port", str(port)]
-    with open("/dev/full", "wb") as full, subprocess.Popen(command, stderr=full) as process:
-        try:
-            ends_at = time.monotonic() + 200
-            while process.poll() is None and time.monotonic() < ends_at:
-                try:
-                    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-                    break
-                except httpx.ConnectError:
-                    time.sleep(0.1)
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            for _ in range(3):
-                assert client.chat.completions.create(**ASK).choices[0].message.content
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) == 0
-        finally:
-            process.kill()
+    with start("serve", "--port", port, stderr="/dev/full") as process:
+        ends_at = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < ends_at:
+            try:
+                assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        for _ in range(3):
+            assert client.chat.completions.create(**ASK).choices[0].message.content
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_client_that_reads_slowly_loses_nothing_and_holds_nobody_up(server: Served) -> None:

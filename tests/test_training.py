@@ -2,28 +2,24 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import train_worker
 from conftest import small_model
+from processes import start_function
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
+from train_worker import CONFIG, samples
 
 import parablock as pb
 from parablock.checkpoints.look import BUNDLED
-from parablock.data.chat import Sample
 from parablock.training.optimizer import build_optimizer, orthogonalize
 from parablock.training.rows import RowDataset, collate
-
-CONFIG = pb.TrainConfig(
-    steps=30, batch_size=8, micro_batch_size=4, context_length=32, block_size=8, optimizer="muon", lr=5e-3,
-    muon_lr=2e-2, warmup_steps=2, log_every=10,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +27,6 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
-
-
-def samples(count: int) -> list[Sample]:
-    """Prompts of five tokens, answers that count on from the last: learnable at once."""
-    made = []
-    for i in range(count):
-        ids = [(7 * i + j) % 60 for j in range(5)] + [(7 * i + 5 + j) % 60 for j in range(6)] + [62]
-        made.append(Sample(ids, [-100] * 5 + ids[5:]))
-    return made
 
 
 def rows(packing: bool, **changes: Any) -> RowDataset:
@@ -176,21 +163,26 @@ def test_accumulated_micro_batches_give_the_same_weights(tokenizer: Any, tmp_pat
     torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)
 
 
-def worker(folder: Path, changes: dict[str, Any], *flags: str, processes: int = 0) -> list[str]:
-    """The command that trains in a process of its own, or in several under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    script = str(Path(__file__).parent / "train_worker.py")
-    return [sys.executable, *launcher, script, str(folder), json.dumps(changes), *flags]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run_worker(folder: Path, changes: dict[str, Any], *flags: str, processes: int = 0) -> dict[str, torch.Tensor]:
-    """Train to the end; returns the weights."""
-    command = worker(folder, changes, *flags, processes=processes)
-    out = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
-    assert out.returncode == 0, out.stderr
+def run_worker(folder: Path, changes: dict[str, Any], *flags: str, processes: int = 1) -> dict[str, torch.Tensor]:
+    """Train to the end, in a process of its own or in several; returns the weights."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        workers = []
+        for rank in range(processes):
+            # what torchrun tells its processes
+            told = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            environment = {**ENVIRONMENT, **{name: str(value) for name, value in told.items()}}
+            arguments = [str(folder), json.dumps(changes), *flags]
+            workers.append(stack.enter_context(start_function(train_worker.main, arguments, environment=environment)))
+        for running in workers:
+            assert running.wait() == 0, running.err
     return load_file(folder / "model" / "model.safetensors")
 
 
@@ -205,7 +197,7 @@ def run_worker(folder: Path, changes: dict[str, Any], *flags: str, processes: in
     ids=["ddp", "ddp-muon", "ddp-packed-with-ar-loss", "fsdp2"],
 )
 def test_two_processes_train_as_one(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """The same global batch, shared out over two real torchrun processes: same losses, same weights."""
+    """The same global batch, shared out over two real processes: same losses, same weights."""
     changes = {"steps": 4, "log_every": 1, **changes}
     shared = run_worker(tmp_path / "two", changes, processes=2)
     alone = run_worker(tmp_path / "one", {**changes, "fsdp": False})

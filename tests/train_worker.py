@@ -7,23 +7,42 @@ from dataclasses import replace
 from pathlib import Path
 
 from conftest import small_model
-from test_training import CONFIG, samples
 from transformers import AutoTokenizer
 
 import parablock as pb
 from parablock.checkpoints.look import BUNDLED
+from parablock.data.chat import Sample
 
-if __name__ == "__main__":
-    folder, changes, resume = Path(sys.argv[1]), json.loads(sys.argv[2]), "--resume" in sys.argv
+CONFIG = pb.TrainConfig(
+    steps=30, batch_size=8, micro_batch_size=4, context_length=32, block_size=8, optimizer="muon", lr=5e-3,
+    muon_lr=2e-2, warmup_steps=2, log_every=10,
+)  # fmt: skip
+
+
+def samples(count: int) -> list[Sample]:
+    """Prompts of five tokens, answers that count on from the last: learnable at once."""
+    made = []
+    for i in range(count):
+        ids = [(7 * i + j) % 60 for j in range(5)] + [(7 * i + 5 + j) % 60 for j in range(6)] + [62]
+        made.append(Sample(ids, [-100] * 5 + ids[5:]))
+    return made
+
+
+def main(arguments: list[str]) -> None:
+    folder, changes, resume = Path(arguments[0]), json.loads(arguments[1]), "--resume" in arguments
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
     model = small_model(initializer_range=0.05)
     losses: dict[int, float] = {}
 
     def progress(step: int, logs: dict[str, float]) -> None:
         losses.update({step: logs["loss"]} if "loss" in logs else {})
-        os.write(1, f"STEP {step}\n".encode())  # one piece: other processes write to the same pipe
+        os.write(1, f"STEP {step}\n".encode())  # one piece: other processes write to the same file
 
     config = replace(CONFIG, **changes)
     pb.train(model, tokenizer, samples(60), config, folder / "run", progress=progress, resume=resume)
     pb.save(model, tokenizer, folder / "model")
     (folder / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
