@@ -196,12 +196,13 @@ class DecodeConfig:
 class EngineConfig:
     """How an engine shares one model between many requests.
 
-    `max_rows`: how many requests run together. `kv_tokens`: how many tokens the K/V memory holds, prompts and answers;
-    None: what `max_rows` requests of full context need, or less, so that it fits a quarter of the free memory (three
-    quarters on CUDA). `max_context`: the longest prompt with its answer; None: the model's own. `block_size` None: the
-    checkpoint's own. `prefill_chunk`: how many prompt tokens a step runs at most, so that a long prompt does not stall
-    the others (more where more tokens than that are decoded in the step). `prefix_cache`: keep the K/V of finished
-    requests, and reuse what a new prompt begins with, as long as nobody else needs the memory.
+    `max_rows`: how many requests run together. `max_queue`: how many more may wait; None: any number. `kv_tokens`:
+    how many tokens the K/V memory holds, prompts and answers; None: what `max_rows` requests of full context need, or
+    less, so that it fits a quarter of the free memory (three quarters on CUDA). `max_context`: the longest prompt with
+    its answer; None: the model's own. `block_size` None: the checkpoint's own. `prefill_chunk`: how many prompt tokens
+    a step runs at most, so that a long prompt does not stall the others (more where more tokens than that are decoded
+    in the step). `prefix_cache`: keep the K/V of finished requests, and reuse what a new prompt begins with, as long as
+    nobody else needs the memory.
 
     `compile`: torch.compile the model's forward: some 20 seconds at the first steps, faster steps after. `cuda_graphs`:
     capture the forward of every shape; rows and contexts are padded to powers of two. `threads`: of torch on a CPU;
@@ -209,6 +210,7 @@ class EngineConfig:
     """
 
     max_rows: int = 32
+    max_queue: int | None = None
     kv_tokens: int | None = None
     max_context: int | None = None
     block_size: int | None = None
@@ -222,6 +224,7 @@ class EngineConfig:
         for name in ("max_rows", "kv_tokens", "max_context", "block_size", "prefill_chunk", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "use at least 1")
+        _require(self.max_queue is None or self.max_queue >= 0, "max_queue", self.max_queue, "use 0 or more")
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,13 @@ class Settings:
     sub_block_cache: bool
     temperature: float
     top_p: float
+    top_k: int | None
+    seed: int | None
     max_tokens: int
 
     def common(self) -> dict[str, Any]:
         """What both ways of decoding take."""
-        names = ("temperature", "top_p", "max_tokens")
+        names = ("temperature", "top_p", "top_k", "seed", "max_tokens")
         return {name: getattr(self, name) for name in names}
 
     def diffusion(self) -> dict[str, Any]:
@@ -251,6 +253,9 @@ def _controls(site: Site) -> list[Any]:
     cache = gr.Checkbox(default.sub_block_cache, label="Sub-block cache")
     temperature = gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature")
     top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p")
+    with gr.Row():
+        top_k = gr.Number(None, label="Top-k", placeholder="all", precision=0, minimum=1, min_width=80)
+        seed = gr.Number(None, label="Seed", placeholder="any", precision=0, min_width=80)
     longest = max(16, min(2048, site.context // 2))
     max_tokens = gr.Slider(1, longest, min(512, longest), step=1, label="Max tokens")
     history = gr.Checkbox(site.history, label="Send earlier turns along", elem_id="history")
@@ -259,4 +264,4 @@ def _controls(site: Site) -> list[Any]:
         return [gr.Slider(visible=name == kind) for kind in get_args(Strategy)]
 
     strategy.change(of_strategy, strategy, [threshold, factor, fixed], queue=False, show_progress="hidden")
-    return [history, strategy, threshold, factor, fixed, sub_block, cache, temperature, top_p, max_tokens]
+    return [history, strategy, threshold, factor, fixed, sub_block, cache, temperature, top_p, top_k, seed, max_tokens]

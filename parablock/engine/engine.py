@@ -21,7 +21,7 @@ from parablock.decoding.generate import GenerateOutput, Prompts, as_rows, resolv
 from parablock.engine.admission import kv_pages, pages_needed, resolve_request, reusable_blocks
 from parablock.engine.outcome import Outcome, apply, make_update
 from parablock.engine.pages import PagePool
-from parablock.engine.request import Handle, Request, Status
+from parablock.engine.request import Handle, QueueFullError, Request, Status
 from parablock.engine.rows import EngineRows
 from parablock.engine.runner import Runner
 from parablock.engine.schedule import Plan, plan
@@ -79,7 +79,9 @@ class Engine:
         self._changed = threading.Condition()  # something came in, or a handle moved on
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._open = 0  # requests that have not ended
         self._closed = False
+        self.error: Exception | None = None  # why it stopped by itself
 
     # --- for callers -------------------------------------------------------------------------------------------------
 
@@ -92,12 +94,17 @@ class Engine:
         Raises:
             ValueError: a request that can never run: an empty prompt, more tokens than the context or the K/V memory
                 holds, another block size than the engine's, settings the model cannot serve.
+            QueueFullError: `max_rows` + `max_queue` requests have not ended.
         """
-        if self._closed:
-            raise ValueError("the engine is closed; make a new one")
         config = resolve_request(self.model, request, self.block_size, self.max_context, self.pool.pages)
         handle = Handle(self, request, config, listener)
         with self._changed:
+            if self._closed:
+                raise ValueError("the engine is closed; make a new one")
+            queue = self.config.max_queue
+            if queue is not None and self._open >= self.config.max_rows + queue:
+                raise QueueFullError(f"{self._open} requests run or wait; try again when one has ended")
+            self._open += 1
             self._inbox.append(handle)
             self._changed.notify_all()
         return handle
@@ -166,13 +173,17 @@ class Engine:
             self._thread.join()
             self._thread = None
         with self._stepping:
-            self._take_in()
-            unfinished = [*self._waiting, *(h for h in self._handles if h)]
-            self._waiting.clear()
-            for handle in unfinished:
-                self._end(handle, "failed", RuntimeError("the engine was closed"))
-            self.pool.clear()
-            self.runner.close()
+            self._fail_all(RuntimeError("the engine was closed"))
+
+    def _fail_all(self, error: Exception) -> None:
+        """The end: nobody is left waiting, the memory is free, the model has its own attention."""
+        self._take_in()
+        unfinished = [*self._waiting, *(h for h in self._handles if h)]
+        self._waiting.clear()
+        for handle in unfinished:
+            self._end(handle, "failed", error)
+        self.pool.clear()
+        self.runner.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -219,11 +230,24 @@ class Engine:
                 self.prefill_seconds += (time.perf_counter() - started) * prefill / work.tokens
             except Exception as error:
                 log.exception("a step failed; its requests fail with it")
+                if self._is_broken():
+                    self._fail_all(error)
+                    return True
                 for row in taking_part:
                     if (handle := self._handles[row]) is not None:
                         self._end(handle, "failed", error, int(row))
             self.step_seconds += time.perf_counter() - started
             return True
+
+    def _is_broken(self) -> bool:
+        """After a failed step: does a tiny forward fail, too? Then the engine is closed, and `error` says why."""
+        try:
+            self.runner.probe()
+        except Exception as error:
+            with self._changed:
+                self._closed, self.error = True, error
+                self._changed.notify_all()
+        return self.error is not None
 
     def _take_in(self) -> None:
         """Requests from other threads to the queue, cancelled ones out of it or out of their rows."""
@@ -300,6 +324,7 @@ class Engine:
         handle.error = error
         with self._changed:
             handle.status = status
+            self._open -= 1
             self._changed.notify_all()
         handle._notify()
 
@@ -314,8 +339,9 @@ class Engine:
         while not self._closed:
             try:
                 worked = self.step()
-            except Exception:
+            except Exception as error:
                 log.exception("the engine stops")
+                self.error = error
                 threading.Thread(target=self.close).start()  # it waits for this thread
                 return
             if not worked:

@@ -20,6 +20,10 @@ Status = Literal["waiting", "running", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length"]
 
 
+class QueueFullError(RuntimeError):
+    """As many requests run and wait as the engine takes."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt (token ids) and how it is decoded.

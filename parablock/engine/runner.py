@@ -133,6 +133,13 @@ class Runner:
         self._pool.clear()
         self._groups.clear()
 
+    def probe(self) -> None:
+        """A forward of one token over page 0, which belongs to nobody: raises what the device raises."""
+        shape = _GroupShape(rows=1, width=1, pages=1, slots=self.block_size, first_page=None, limits=1)
+        with torch.inference_mode():
+            packed = torch.tensor([0, 0, 0, 0, 0, 1], device=self.device)  # id, position, slot, wanted, page, limit
+            self._compute(packed, [1] * 6, (shape,)).cpu()
+
     def run(self, rows: EngineRows, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """One forward: a token and its confidence `[M]` for every wanted prediction. Waits for the device once."""
         threads = torch.get_num_threads()
