@@ -1,4 +1,4 @@
-"""A real server process for the tests, with the real client."""
+"""A real server for the tests: a process with the real client, or an application of the test's own process."""
 
 import json
 import os
@@ -14,6 +14,12 @@ from typing import Any
 
 import httpx
 import openai
+from fastapi import FastAPI
+
+import parablock as pb
+from parablock.config import ServeConfig
+from parablock.server.app import create_app
+from parablock.server.served import ServedModel
 
 QUESTION = "Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?"
 ASK: dict[str, Any] = {"model": "bundled", "messages": [{"role": "user", "content": QUESTION}]}
@@ -70,8 +76,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(log: Path, *arguments: str, port: int = 0, **environment: str) -> Iterator[Served]:
-    command = [sys.executable, "-m", "parablock", "serve", *arguments, "--port", str(port)]
+def serve(
+    log: Path, *arguments: str, port: int = 0, device: Path | None = None, **environment: str
+) -> Iterator[Served]:
+    """`device`: the folder of `odd_server.py`."""
+    program = ["-m", "parablock"] if device is None else [str(Path(__file__).parent / "odd_server.py"), str(device)]
+    command = [sys.executable, *program, "serve", *arguments, "--port", str(port)]
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, stderr=stderr, env={**os.environ, **environment})
     try:
@@ -79,3 +89,25 @@ def serve(log: Path, *arguments: str, port: int = 0, **environment: str) -> Iter
     finally:
         process.kill()
         process.wait()
+
+
+def in_process(config: ServeConfig) -> tuple[ServedModel, FastAPI]:
+    """The bundled model behind an application of this process."""
+    engine = pb.EngineConfig(max_rows=config.max_rows, max_queue=config.max_queue)
+    served = ServedModel("bundled", *pb.load("bundled"), engine)
+    return served, create_app([served], config)
+
+
+def wait_until_idle(served: ServedModel) -> None:
+    ends_at = time.monotonic() + 30
+    while served.engine.stats["running"] or served.engine.stats["waiting"]:
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]
