@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import httpx
 import pytest
 import torch
 
@@ -76,7 +77,7 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any, address: str) -> Iterator[Any]:
     contexts = []
 
-    def opened(url: str = address, **options: Any) -> Any:
+    def opened(url: str = address, key: str | None = None, **options: Any) -> Any:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -85,6 +86,10 @@ def open_page(browser: Any, address: str) -> Iterator[Any]:
         page.on("request", lambda request: page.asked_for.append(request.url))
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.goto(url)
+        if key is not None:
+            page.get_by_label("username").fill("parablock")
+            page.get_by_label("password").fill(key)
+            page.get_by_role("button", name="Login").click()
         page.wait_for_selector(".pb-stage")
         return page
 
@@ -224,7 +229,7 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
         app = _start("app", "--url", url, "--port", _free_port(), env=key)
         try:
             address = _await_line(app, r"http://[\d.]+:\d+")
-            page = open_page(address)
+            page = open_page(address, "secret")
             _ask(page, QUESTION, "#race")
             _race_is_running(page)
             page.click("#stop")
@@ -236,7 +241,7 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
             _race_is_running(page)
             page.close()
             assert [_await_line(server, r'"outcome": "\w+"') for _ in range(2)] == ['"outcome": "cancelled"'] * 2
-            page = open_page(address)
+            page = open_page(address, "secret")
             server.kill()
             server.wait(60)
             _ask(page, QUESTION)
@@ -247,6 +252,76 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
     finally:
         server.kill()
         server.wait(60)
+
+
+@in_browser
+def test_a_page_with_a_key_asks_for_it(browser: Any) -> None:
+    port = _free_port()
+    process = _start("app", "--host", "0.0.0.0", "--port", port, env={"PARABLOCK_API_KEY": "a key: ü"})
+    try:
+        told = _await_line(process, rf"http://0.0.0.0:{port}")
+        address = told.replace("0.0.0.0", "127.0.0.1")
+        with httpx.Client(base_url=address) as visitor:
+            for path in ("config", "info", "queue/data?session_hash=x", "gradio_api/info"):
+                assert visitor.get(path).status_code in (401, 404), path
+            for wrong in ("", "a key", "parablock"):
+                assert visitor.post("login", data={"username": "x", "password": wrong}).status_code in (400, 422)
+            assert visitor.get("config").status_code == 401
+            assert visitor.post("login", data={"username": "x", "password": "a key: ü"}).status_code == 200
+            assert visitor.get("config").status_code == 200
+        page = browser.new_page()
+        asked_for: list[str] = []
+        page.on("request", lambda request: asked_for.append(request.url))
+        page.goto(address)
+        expect(page.get_by_text("PARABLOCK_API_KEY")).to_be_visible()
+        assert page.locator(".pb-stage").count() == 0
+        page.get_by_label("username").fill("anybody")
+        page.get_by_label("password").fill("wrong")
+        page.get_by_role("button", name="Login").click()
+        expect(page.get_by_text("Incorrect")).to_be_visible()  # and the fields are empty again
+        page.get_by_label("username").fill("anybody")
+        page.get_by_label("password").fill("a key: ü")
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_selector(".pb-stage")
+        _ask(page, QUESTION)
+        expect(page.locator(".pb-text")).to_contain_text("####")
+        hosts = {urlparse(url).hostname for url in asked_for if not url.startswith(("data:", "blob:"))}
+        assert hosts == {"127.0.0.1"}
+        page.close()
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@in_browser
+def test_a_seed_and_top_k_are_those_of_the_answer(open_page: Any) -> None:
+    page = open_page()
+    page.get_by_label("number input for Temperature").fill("2")
+    page.get_by_label("number input for Temperature").blur()
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Top-k").fill("5")
+    page.get_by_label("Top-k").blur()
+    page.get_by_label("number input for Max tokens").fill("40")
+    page.get_by_label("number input for Max tokens").blur()
+    _ask(page, QUESTION)
+    page.select_option(".pb-pace", "1")
+    page.wait_for_selector('.pb-lane[data-state="done"]')
+    model, tokenizer = pb.load("bundled")
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": QUESTION}])
+    config = pb.DecodeConfig(temperature=2.0, top_k=5, seed=7, max_new_tokens=40)
+    expected = tokenizer.decode(pb.generate(model, prompt, config).tokens[0], skip_special_tokens=True)
+    expect(page.locator(".pb-text")).to_contain_text(expected[-20:].splitlines()[-1])
+    assert _shown(page) == expected
+
+
+def test_a_page_whose_server_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text("raise RuntimeError('this event loop does not fit')")
+    process = _start(
+        "app", "--port", _free_port(), env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    )
+    told = process.communicate(timeout=200)[0]
+    assert process.returncode == 2
+    assert told.splitlines()[-1] == "parablock: the HTTP server did not start (this event loop does not fit)"
 
 
 def test_wrong_options_are_one_line() -> None:

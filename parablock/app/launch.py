@@ -15,7 +15,7 @@ GENERAL = (
     "Write a short poem about a lighthouse.",
     "What is 17 times 23? Show your steps.",
 )
-LOGIN = "The password is the key of this page, PARABLOCK_API_KEY; any user name will do."
+LOGIN = "User name: parablock. Password: the key that the page was started with (PARABLOCK_API_KEY)."
 
 
 def run_app(model: str | None, ar: str | None, url: str | None, host: str, port: int) -> None:

@@ -59,14 +59,15 @@ class Settings:
     sub_block_cache: bool
     temperature: float
     top_p: float
-    top_k: int | None
-    seed: int | None
+    top_k: int | None  # 0 or an empty field: all tokens
+    seed: int | None  # -1 or an empty field: another one each time
     max_tokens: int
 
     def common(self) -> dict[str, Any]:
         """What both ways of decoding take."""
-        names = ("temperature", "top_p", "top_k", "seed", "max_tokens")
-        return {name: getattr(self, name) for name in names}
+        names = ("temperature", "top_p", "max_tokens")
+        seed = None if self.seed == -1 else self.seed
+        return {**{name: getattr(self, name) for name in names}, "top_k": self.top_k or None, "seed": seed}
 
     def diffusion(self) -> dict[str, Any]:
         """What block diffusion takes, of the strategies' numbers only the one that counts."""
@@ -254,8 +255,8 @@ def _controls(site: Site) -> list[Any]:
     temperature = gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature")
     top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p")
     with gr.Row():
-        top_k = gr.Number(None, label="Top-k", placeholder="all", precision=0, minimum=1, min_width=80)
-        seed = gr.Number(None, label="Seed", placeholder="any", precision=0, min_width=80)
+        top_k = gr.Number(0, label="Top-k", info="0: of all.", precision=0, minimum=0, min_width=80)
+        seed = gr.Number(-1, label="Seed", info="-1: any.", precision=0, minimum=-1, min_width=80)
     longest = max(16, min(2048, site.context // 2))
     max_tokens = gr.Slider(1, longest, min(512, longest), step=1, label="Max tokens")
     history = gr.Checkbox(site.history, label="Send earlier turns along", elem_id="history")
