@@ -319,7 +319,10 @@ def test_a_page_whose_server_cannot_start_says_why(tmp_path: Path) -> None:
     process = _start(
         "app", "--port", _free_port(), env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     )
-    told = process.communicate(timeout=200)[0]
+    try:
+        told = process.communicate(timeout=200)[0]
+    finally:
+        process.kill()
     assert process.returncode == 2
     assert told.splitlines()[-1] == "parablock: the HTTP server did not start (this event loop does not fit)"
 
