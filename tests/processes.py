@@ -140,7 +140,7 @@ def start(*args: object, cold: bool = False, **options: Any) -> contextlib.Abstr
     arguments = [str(arg) for arg in args]
     if cold:
         return start_program([*COMMAND, *arguments], **options)
-    return start_function(_command, arguments, **options)
+    return start_function(command, arguments, **options)
 
 
 def start_program(command: Sequence[object], **options: Any) -> contextlib.AbstractContextManager[Running]:
@@ -193,7 +193,7 @@ def _enter(
     function(*args)
 
 
-def _command(arguments: list[str]) -> None:
+def command(arguments: list[str]) -> None:
     assert "torch" in sys.modules, "nothing is imported yet: each command would take seconds longer"
     from parablock.cli import main
 

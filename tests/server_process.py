@@ -1,4 +1,4 @@
-"""A real server process for the tests, with the real client."""
+"""A real server for the tests: a process with the real client, or an application of the test's own process."""
 
 import json
 import re
@@ -11,7 +11,14 @@ from typing import Any
 
 import httpx
 import openai
-from processes import Running, start
+from fastapi import FastAPI
+from odd_device import odd_device
+from processes import Running, start, start_function
+
+import parablock as pb
+from parablock.server.app import create_app
+from parablock.server.config import ServeConfig
+from parablock.server.served import ServedModel
 
 QUESTION = "Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?"
 ASK: dict[str, Any] = {"model": "bundled", "messages": [{"role": "user", "content": QUESTION}]}
@@ -73,8 +80,37 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(log: Path, *arguments: str, port: int = 0, cold: bool = False, **environment: str) -> Iterator[Served]:
+def serve(
+    log: Path, *arguments: str, port: int = 0, cold: bool = False, device: Path | None = None, **environment: str
+) -> Iterator[Served]:
+    """`device`: the folder of `odd_device`."""
     log.touch()
-    command = ("serve", *arguments, "--port", port)
-    with start(*command, cold=cold, stderr=str(log), environment=environment) as process:
+    command = ["serve", *arguments, "--port", str(port)]
+    if device is None:
+        started = start(*command, cold=cold, stderr=str(log), environment=environment)
+    else:
+        started = start_function(odd_device, str(device), command, stderr=str(log), environment=environment)
+    with started as process:
         yield Served(process, log)
+
+
+def in_process(config: ServeConfig) -> tuple[ServedModel, FastAPI]:
+    """The bundled model behind an application of this process."""
+    engine = pb.EngineConfig(max_rows=config.max_rows, max_queue=config.max_queue)
+    served = ServedModel("bundled", *pb.load("bundled"), engine)
+    return served, create_app([served], config)
+
+
+def wait_until_idle(served: ServedModel) -> None:
+    ends_at = time.monotonic() + 30
+    while served.engine.stats["running"] or served.engine.stats["waiting"]:
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]

@@ -8,6 +8,8 @@ from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from official_layout import additive, official_loss
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2ForCausalLM
 
 import parablock as pb
 from parablock.diffusion import objective
@@ -253,3 +255,48 @@ def test_one_view_learns_only_what_it_masks() -> None:
         first = pb.diffusion_loss(model, ids, shown, noise, **fields)
         second = pb.diffusion_loss(model, ids, labels.masked_fill(noise, -100), ~noise, **fields)
         torch.testing.assert_close(first + second, pb.diffusion_loss(model, ids, labels, noise, **fields))
+
+
+class Halved(Qwen2ForCausalLM):
+    """A stock model whose forward does to its logits what nothing in its config tells."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+
+def test_a_model_that_scales_its_logits_in_a_way_of_its_own_is_refused() -> None:
+    ids, labels, noise = random_batch(0, 1, 2, 8, 0.5)
+    losses = (
+        lambda model: pb.diffusion_loss(model, ids, labels, noise, block_size=8, mask_token_id=63),
+        lambda model: autoregressive_loss(model, ids, labels.clone(), block_size=8),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        stock = small_model().to(dtype)
+        other = Halved(stock.config).to(dtype)
+        adapter = get_peft_model(Halved(stock.config).to(dtype), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+        for loss in losses:
+            assert loss(stock).isfinite()
+            for model in (other, adapter):
+                with pytest.raises(ValueError, match=r"qwen2.*its own logits are not those of its head.*logit_scale"):
+                    loss(model)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_look_at_the_logits_leaves_no_trace(bf16: bool) -> None:
+    """In the middle of a training step, with dropout, under autocast: the same random numbers and gradients."""
+    ids, labels, noise = random_batch(0, 2, 4, 8, 0.5)
+
+    def step(model: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, bf16):
+            loss = pb.diffusion_loss(model, ids, labels, noise, block_size=8, mask_token_id=63)
+        loss.backward()
+        return torch.rand(3), [p.grad.clone() for p in model.parameters()]
+
+    model = small_model(attention_dropout=0.5).train()
+    looked, again = step(model), step(model)
+    assert torch.equal(looked[0], again[0])
+    assert all(torch.equal(first, second) for first, second in zip(looked[1], again[1], strict=True))

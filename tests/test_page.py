@@ -1,6 +1,7 @@
 """The web page in a real Chromium, over a real `parablock app` with a server of its own."""
 
 import copy
+import os
 import re
 import shutil
 import socket
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import httpx
 import pytest
 import torch
-from processes import run, start
+from odd_device import odd_device
+from processes import run, start, start_function
 from server_process import free_port
 
 import parablock as pb
@@ -50,7 +53,7 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any, address: str) -> Iterator[Any]:
     contexts = []
 
-    def opened(url: str = address, **options: Any) -> Any:
+    def opened(url: str = address, key: str | None = None, **options: Any) -> Any:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -59,6 +62,10 @@ def open_page(browser: Any, address: str) -> Iterator[Any]:
         page.on("request", lambda request: page.asked_for.append(request.url))
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.goto(url)
+        if key is not None:
+            page.get_by_label("username").fill("parablock")
+            page.get_by_label("password").fill(key)
+            page.get_by_role("button", name="Login").click()
         page.wait_for_selector(".pb-stage")
         return page
 
@@ -200,7 +207,7 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
             Client(url, "wrong").models()
         with start("app", "--url", url, "--port", free_port(), environment=key) as app:
             address = app.wait_for(ADDRESS)
-            page = open_page(address)
+            page = open_page(address, "secret")
             _race_without_end(page)
             page.click("#stop")
             expect(page.locator(".pb-stage > .pb-alert")).to_contain_text("Stopped")
@@ -210,11 +217,86 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
             _race_without_end(page)
             page.close()
             assert [server.wait_for(ENDS, n) for n in (3, 4)] == ['"outcome": "cancelled"'] * 2
-            page = open_page(address)
+            page = open_page(address, "secret")
             server.kill()
             server.wait()
             _ask(page, QUESTION)
             expect(page.locator(".pb-lane .pb-alert")).to_contain_text("is gone")
+
+
+@in_browser
+def test_a_page_with_a_key_asks_for_it(browser: Any) -> None:
+    port = free_port()
+    with start("app", "--host", "0.0.0.0", "--port", port, environment={"PARABLOCK_API_KEY": "a key: ü"}) as process:
+        address = process.wait_for(rf"http://0.0.0.0:{port}").replace("0.0.0.0", "127.0.0.1")
+        with httpx.Client(base_url=address) as visitor:
+            for path in ("config", "info", "queue/data?session_hash=x", "gradio_api/info"):
+                assert visitor.get(path).status_code in (401, 404), path
+            for wrong in ("", "a key", "parablock"):
+                assert visitor.post("login", data={"username": "x", "password": wrong}).status_code in (400, 422)
+            assert visitor.get("config").status_code == 401
+            assert visitor.post("login", data={"username": "x", "password": "a key: ü"}).status_code == 200
+            assert visitor.get("config").status_code == 200
+        page = browser.new_page()
+        asked_for: list[str] = []
+        page.on("request", lambda request: asked_for.append(request.url))
+        page.goto(address)
+        expect(page.get_by_text("PARABLOCK_API_KEY")).to_be_visible()
+        assert page.locator(".pb-stage").count() == 0
+        page.get_by_label("username").fill("anybody")
+        page.get_by_label("password").fill("wrong")
+        page.get_by_role("button", name="Login").click()
+        expect(page.get_by_text("Incorrect")).to_be_visible()  # and the fields are empty again
+        page.get_by_label("username").fill("anybody")
+        page.get_by_label("password").fill("a key: ü")
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_selector(".pb-stage")
+        _ask(page, QUESTION)
+        expect(page.locator(".pb-text")).to_contain_text("####")
+        hosts = {urlparse(url).hostname for url in asked_for if not url.startswith(("data:", "blob:"))}
+        assert hosts == {"127.0.0.1"}
+        page.close()
+
+
+@in_browser
+def test_a_seed_and_top_k_are_those_of_the_answer(open_page: Any) -> None:
+    page = open_page()
+    page.get_by_label("number input for Temperature").fill("2")
+    page.get_by_label("number input for Temperature").blur()
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Top-k").fill("5")
+    page.get_by_label("Top-k").blur()
+    page.get_by_label("number input for Max tokens").fill("40")
+    page.get_by_label("number input for Max tokens").blur()
+    _ask(page, QUESTION)
+    page.select_option(".pb-pace", "1")
+    page.wait_for_selector('.pb-lane[data-state="done"]')
+    model, tokenizer = pb.load("bundled")
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": QUESTION}])
+    config = pb.DecodeConfig(temperature=2.0, top_k=5, seed=7, max_new_tokens=40)
+    expected = tokenizer.decode(pb.generate(model, prompt, config).tokens[0], skip_special_tokens=True)
+    expect(page.locator(".pb-text")).to_contain_text(expected[-20:].splitlines()[-1])
+    assert _shown(page) == expected
+
+
+@in_browser
+def test_a_page_whose_server_is_lost_ends(open_page: Any, tmp_path: Path) -> None:
+    with start_function(odd_device, str(tmp_path), ["app", "--port", str(free_port())]) as process:
+        page = open_page(process.wait_for(ADDRESS))
+        (tmp_path / "broken").touch()
+        _ask(page, QUESTION)
+        assert process.wait() == 2
+        reason = "the engine of bundled has stopped (RuntimeError)"
+        assert process.err.splitlines()[-1] == f"parablock: the page's own server has ended: {reason}"
+
+
+def test_a_page_whose_server_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text("raise RuntimeError('this event loop does not fit')")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    out = run("app", "--port", free_port(), cold=True, environment={"PYTHONPATH": path})
+    assert out.returncode == 2
+    told = "parablock: the HTTP server did not start (this event loop does not fit)"
+    assert out.stderr.splitlines()[-1] == told
 
 
 def test_wrong_options_are_one_line() -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import run, start
-from server_process import ASK, LONG, Served, free_port, serve
+from server_process import ASK, LONG, Served, error_of, free_port, in_process, serve, wait_until_idle
 
-import parablock as pb
 from parablock.server.config import ServeConfig
+from parablock.server.listener import warn_if_open
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         served.http.headers["Authorization"] = "Bearer s3cret"
         served.client = served.client.with_options(api_key="s3cret")
         yield served
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["message"]
-    return body["error"]
 
 
 def answers(served: Served) -> bool:
@@ -255,12 +248,9 @@ def test_a_client_that_reads_slowly_loses_nothing_and_holds_nobody_up(server: Se
 
 def test_a_client_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from parablock.server import delivery
-    from parablock.server.app import create_app
-    from parablock.server.served import ServedModel
 
     monkeypatch.setattr(delivery, "READ_SECONDS", 0.1)
-    served = ServedModel("bundled", *pb.load("bundled"), pb.EngineConfig(max_rows=2))
-    app = create_app([served], ServeConfig(max_rows=2, deadline=0.5))
+    served, app = in_process(ServeConfig(max_rows=2, deadline=0.5))
     body = json.dumps({"prompt": "hello", "max_tokens": 300, "stream": True, "mode": "autoregressive"}).encode()
     sent: list[str] = []
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -288,43 +278,18 @@ def test_a_client_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
     try:
         asyncio.run(asyncio.wait_for(ask(), 60))
         assert sent == ["http.response.start", "http.response.body", "http.response.body"]
-        assert served.open == 0
+        wait_until_idle(served)
     finally:
         served.engine.close()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_step_that_fails(stream: bool) -> None:
-    from parablock.server.app import create_app
-    from parablock.server.served import ServedModel
-
-    served = ServedModel("bundled", *pb.load("bundled"), pb.EngineConfig(max_rows=2))
-    app = create_app([served], ServeConfig(max_rows=2))
-    body = {"prompt": "hello", "max_tokens": 8, "stream": stream}
-    run = served.engine.runner.run
-
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/v1/completions", json=body)
-
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("out of memory")
-
-    try:
-        served.engine.runner.run = fail  # type: ignore[method-assign]
-        failed = asyncio.run(ask())
-        served.engine.runner.run = run  # type: ignore[method-assign]
-        if stream:
-            [event, done] = [line[6:] for line in failed.text.splitlines() if line]
-            assert (json.loads(event)["error"]["code"], done) == ("decoding_failed", "[DONE]")
-        else:
-            assert failed.status_code == 500
-            assert error_of(failed)["code"] == "decoding_failed"
-        good = asyncio.run(ask())
-        assert good.status_code == 200
-        assert served.open == 0
-        assert served.engine.stats["running"] == 0
-    finally:
-        served.engine.close()
-    assert asyncio.run(ask()).status_code == 503
+def test_an_address_that_others_reach_needs_a_key(server: Served) -> None:
+    for address in ("0.0.0.0", "::", "192.168.1.7"):
+        with pytest.warns(UserWarning, match="PARABLOCK_API_KEY"):
+            warn_if_open(address, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_open("0.0.0.0", "secret")
+        for address in ("127.0.0.1", "::1"):
+            warn_if_open(address, None)
+    assert "PARABLOCK_API_KEY" not in server.text()

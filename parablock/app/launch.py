@@ -1,35 +1,37 @@
 """`parablock app`: the page, and unless one is given a server of its own for it."""
 
+import hmac
 import os
 import socket
-import threading
 import time
-from typing import Any
+from collections.abc import Callable
 
 from parablock.app.client import Client
 from parablock.checkpoints.look import BUNDLED_MODELS
+from parablock.server.listener import Listener, warn_if_open
 
 GENERAL = (
     "Explain in three sentences why the sky is blue.",
     "Write a short poem about a lighthouse.",
     "What is 17 times 23? Show your steps.",
 )
+LOGIN = "User name: parablock. Password: the key that the page was started with (PARABLOCK_API_KEY)."
 
 
 def run_app(model: str | None, ar: str | None, url: str | None, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C. With a key (PARABLOCK_API_KEY) the page asks for it.
 
     Raises:
         ValueError: a wrong option, no server at `url`, or a model it does not have.
-        OSError: the port is taken.
+        OSError: the port is taken, or the page's own server did not start, or has ended.
     """
-    _check_free(host, port)
+    key = os.environ.get("PARABLOCK_API_KEY") or None
+    warn_if_open(_free_address(host, port), key)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing leaves this machine
-    key = os.environ.get("PARABLOCK_API_KEY")
-    name = model or "bundled"
+    name, ended = model or "bundled", _never
     if url is None:
         counterpart = ar or ("bundled-ar" if name == "bundled" else name)
-        client = _own_server(list(dict.fromkeys([name, counterpart])))
+        client, ended = _own_server(list(dict.fromkeys([name, counterpart])))
     else:
         client = Client(url.rstrip("/").removesuffix("/v1"), key)
         name, counterpart = _choose(client, model, ar)
@@ -44,21 +46,37 @@ def run_app(model: str | None, ar: str | None, url: str | None, host: str, port:
     )  # fmt: skip
     page = build(site)
     page.launch(
-        server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, share=False, ssr_mode=False, **look()
-    )
+        server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, share=False, ssr_mode=False,
+        auth=None if key is None else _login(key), auth_message=LOGIN, **look(),
+    )  # fmt: skip
     print(f"parablock app: http://{host}:{port} (Ctrl-C ends it)", flush=True)
     try:
-        threading.Event().wait()
+        while (reason := ended()) is None:
+            time.sleep(0.5)
+        raise OSError(f"the page's own server has ended: {reason}")
     except KeyboardInterrupt:
+        pass
+    finally:
         page.close(verbose=False)
 
 
-def _check_free(host: str, port: int) -> None:
+def _never() -> str | None:
+    """A running server is somebody else's: the page says so when it is gone."""
+    return None
+
+
+def _login(key: str) -> Callable[[str, str], bool]:
+    return lambda _, password: hmac.compare_digest(password.encode(), key.encode())
+
+
+def _free_address(host: str, port: int) -> str:
+    """The address that a host name stands for, on which the port is free."""
     if not 1 <= port <= 65535:
         raise ValueError(f"port={port} is out of range; use 1 to 65535")
     try:
-        with socket.create_server((host, port)):
-            pass
+        with socket.create_server((host, port)) as probe:
+            address: str = probe.getsockname()[0]
+            return address
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
 
@@ -75,11 +93,9 @@ def _choose(client: Client, model: str | None, ar: str | None) -> tuple[str, str
     return chosen, ar or ("bundled-ar" if chosen == "bundled" and "bundled-ar" in known else chosen)
 
 
-def _own_server(names: list[str]) -> Client:
-    """A server of this process on a free port of localhost, with a key that nobody else knows."""
+def _own_server(names: list[str]) -> tuple[Client, Callable[[], str | None]]:
+    """A server of this process on a free port of localhost, with a key that nobody else knows; why it has ended."""
     import secrets
-
-    import uvicorn
 
     from parablock.engine.config import EngineConfig
     from parablock.server.app import create_app
@@ -87,13 +103,16 @@ def _own_server(names: list[str]) -> Client:
     from parablock.server.served import load_models
 
     key = secrets.token_urlsafe(32)
-    listener = socket.create_server(("127.0.0.1", 0))
-    application = create_app(load_models(names, EngineConfig()), ServeConfig(), key)
-    server: Any = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False))
-    threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
-    while not server.started:
-        time.sleep(0.01)
-    return Client(f"http://127.0.0.1:{listener.getsockname()[1]}", key)
+    listening = socket.create_server(("127.0.0.1", 0))
+    app = create_app(load_models(names, EngineConfig()), ServeConfig(), key)
+    listener, state = Listener(app, listening), app.state.server
+
+    def ended() -> str | None:
+        if served := state.stopped:
+            return f"the engine of {served.name} has stopped ({served.stopped})"
+        return None if listener.alive else str(listener.error)
+
+    return Client(f"http://127.0.0.1:{listening.getsockname()[1]}", key), ended
 
 
 def _problems() -> tuple[str, ...]:

@@ -61,12 +61,15 @@ class Settings:
     sub_block_cache: bool
     temperature: float
     top_p: float
+    top_k: int | None  # 0 or an empty field: all tokens
+    seed: int | None  # -1 or an empty field: another one each time
     max_tokens: int
 
     def common(self) -> dict[str, Any]:
         """What both ways of decoding take."""
         names = ("temperature", "top_p", "max_tokens")
-        return {name: getattr(self, name) for name in names}
+        seed = None if self.seed == -1 else self.seed
+        return {**{name: getattr(self, name) for name in names}, "top_k": self.top_k or None, "seed": seed}
 
     def diffusion(self) -> dict[str, Any]:
         """What block diffusion takes, of the strategies' numbers only the one that counts."""
@@ -255,6 +258,9 @@ def _controls(site: Site) -> list[Any]:
     cache = gr.Checkbox(default.sub_block_cache, label="Sub-block cache")
     temperature = gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature")
     top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p")
+    with gr.Row():
+        top_k = gr.Number(0, label="Top-k", info="0: of all.", precision=0, minimum=0, min_width=80)
+        seed = gr.Number(-1, label="Seed", info="-1: any.", precision=0, minimum=-1, min_width=80)
     longest = max(16, min(2048, site.context // 2))
     max_tokens = gr.Slider(1, longest, min(512, longest), step=1, label="Max tokens")
     history = gr.Checkbox(site.history, label="Send earlier turns along", elem_id="history")
@@ -263,4 +269,4 @@ def _controls(site: Site) -> list[Any]:
         return [gr.Slider(visible=name == kind) for kind in get_args(Strategy)]
 
     strategy.change(of_strategy, strategy, [threshold, factor, fixed], queue=False, show_progress="hidden")
-    return [history, strategy, threshold, factor, fixed, sub_block, cache, temperature, top_p, max_tokens]
+    return [history, strategy, threshold, factor, fixed, sub_block, cache, temperature, top_p, top_k, seed, max_tokens]

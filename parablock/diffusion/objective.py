@@ -8,6 +8,7 @@ positions only, in chunks. The loss is the same number.
 
 from collections.abc import Iterator
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from parablock.settings import Model
 Attention = Literal["block", "flex", "dense"]
 
 MAX_LOGITS = 2**26  # how many logits the head makes at a time
+_known_heads: WeakSet[Any] = WeakSet()  # models whose own logits were seen to be `head_logits`
 
 
 def diffusion_loss(
@@ -179,7 +181,18 @@ def _shifted_targets(
 
 
 def head_logits(model: Model, hidden: Tensor) -> Tensor:
-    """What the model's own forward makes of `hidden [M, hidden]`: its head, and what its architecture does after it."""
+    """What the model's own forward makes of `hidden [M, hidden]`: its head, and what its architecture does after it.
+
+    Raises:
+        ValueError: the model's own logits are others (looked at once per model).
+    """
+    if model not in _known_heads:
+        _compare_logits(model)
+        _known_heads.add(model)
+    return _head_logits(model, hidden)
+
+
+def _head_logits(model: Model, hidden: Tensor) -> Tensor:
     logits: Tensor = model.get_output_embeddings()(hidden).float()
     config = model.config
     if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
@@ -189,6 +202,36 @@ def head_logits(model: Model, hidden: Tensor) -> Tensor:
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def _compare_logits(model: Model) -> None:
+    """ValueError unless the logits of the model's own forward are those of `head_logits`, over a few tokens.
+
+    Safe in the middle of a training step, under whatever wraps the model: the forward is the inner model's, both logits
+    come from the same hidden states, and no random number is used up.
+    """
+    kept: list[Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
+    device = torch.device(model.device)
+    ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=device)[None]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            own = model.forward(**inputs).logits.float()
+            if not kept:  # its forward doesn't call the decoder as a module
+                kept.append(model.get_decoder()(**inputs).last_hidden_state)
+            ours = _head_logits(model, kept[0])
+    finally:
+        hook.remove()
+    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    apart, largest = (own - ours).abs().max().item(), own.abs().max().item()
+    if apart > (1e-3 if exact else 3e-2) * largest:  # not so where a weight is no number: others say that
+        raise ValueError(
+            f"{type(model).__name__} (model_type {model.config.model_type!r}) is not supported: its own logits are not "
+            f"those of its head with the scaling that its config names (up to {largest:.4g} and "
+            f"{ours.abs().max().item():.4g}, up to {apart:.2g} apart), so the loss would be wrong; name the scaling "
+            "logits_scaling, logit_scale or final_logit_softcapping in the config, or leave it out of the forward"
+        )
 
 
 def _summed_cross_entropy(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:

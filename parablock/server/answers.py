@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parablock.decoding.config import DecodeConfig
-from parablock.engine.request import Handle, Request, Update
+from parablock.engine.request import Handle, QueueFullError, Request, Update
 from parablock.server.errors import ApiError, from_value_error
 from parablock.server.served import ServedModel
 from parablock.server.text import AnswerText
@@ -46,7 +46,7 @@ class Answers:
         deadline: seconds until the answers must be whole.
 
     Raises:
-        ApiError: settings the model cannot serve, or too many requests.
+        ApiError: settings the model cannot serve, no room for all answers, or an engine that has ended.
     """
 
     def __init__(
@@ -76,11 +76,15 @@ class Answers:
             for index, prompt in enumerate(prompts):
                 request = Request(prompt, config, stream=stream or bool(stops), sample=index)
                 handle = served.engine.submit(request, listener)
-                served.open += 1
                 self.choices.append(Choice(index, handle, AnswerText(served.tokenizer, stops)))
+        except QueueFullError:
+            self.close()
+            seconds = served.retry_after(len(prompts))
+            message = f"as many answers run and wait as the server takes; try again in {seconds} s"
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)}) from None
         except ValueError as error:
             self.close()
-            raise from_value_error(error) from None
+            raise served.refusal() or from_value_error(error) from None
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Everything new, until all answers are whole.
@@ -108,9 +112,9 @@ class Answers:
         handle = choice.handle
         done = handle.done  # read first: what was told before the end is then in the updates
         if handle.status == "failed":
-            if self.served.engine.closed:
-                raise ApiError(503, "the server is shutting down; try again later", code="shutting_down")
-            raise ApiError(500, "decoding failed; the server goes on, try again", code="decoding_failed")
+            if self.served.stopped:
+                raise ApiError(500, f"decoding failed ({self.served.stopped}); the server ends", code="decoding_failed")
+            raise self.served.refusal() or ApiError(500, "decoding failed; try again", code="decoding_failed")
         updates = handle.take_updates()
         new = [token for update in updates for token in update.tokens]
         if done and not handle.request.stream:
@@ -129,7 +133,6 @@ class Answers:
         """Cancel what has not ended."""
         if self.seconds is None:
             self.seconds = time.perf_counter() - self.started
-            self.served.open -= len(self.choices)
             for choice in self.choices:
                 choice.handle.cancel()
 

@@ -24,6 +24,7 @@ from parablock.server.errors import (
     on_api_error,
     on_http_error,
     on_validation_error,
+    shutting_down,
 )
 from parablock.server.guards import Guard
 from parablock.server.metrics import Metrics
@@ -54,15 +55,19 @@ class State:
         return self.served[name]
 
     def admit(self, served: ServedModel, choices: int) -> None:
-        """Refuse what the server cannot take now."""
-        if self.draining or served.engine.closed:
-            raise ApiError(503, "the server is shutting down; try again later", code="shutting_down")
+        """Refuse what the server can't take, now or ever; whether there is room, the engine says."""
+        if refusal := served.refusal():
+            raise refusal
+        if self.draining:
+            raise shutting_down()
         room = self.config.max_rows + self.config.max_queue
         if choices > room:
             raise ApiError(400, f"n: {choices} answers at once, but the server takes {room}; ask for fewer", "n")
-        if served.open + choices > room:
-            message = f"{served.open} answers are running or waiting; try again in a second"
-            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+
+    @property
+    def stopped(self) -> ServedModel | None:
+        """A model whose engine has stopped by itself: then the server has to be started again."""
+        return next((served for served in self.served.values() if served.stopped), None)
 
 
 def create_app(served: Sequence[ServedModel], config: ServeConfig, key: str | None = None) -> FastAPI:
@@ -127,20 +132,24 @@ def _add_views(app: FastAPI, state: State) -> None:
 
     @app.get("/health/live")
     async def live() -> Response:
-        if not state.draining and any(served.engine.closed for served in state.served.values()):
-            return JSONResponse({"status": "an engine has stopped"}, 503)
-        return JSONResponse({"status": "live"})
+        return _stopped(state) or JSONResponse({"status": "live"})
 
     @app.get("/health/ready")
     @app.get("/health")
     async def ready() -> Response:
         if state.draining or any(served.engine.closed for served in state.served.values()):
-            return JSONResponse({"status": "shutting down"}, 503)
+            return _stopped(state) or JSONResponse({"status": "shutting down"}, 503)
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(state.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _stopped(state: State) -> Response | None:
+    if (served := state.stopped) is None:
+        return None
+    return JSONResponse({"status": f"the engine of {served.name} has stopped: {served.stopped}"}, 503)
 
 
 def _answer(
@@ -167,6 +176,7 @@ def _answer(
     def ended(outcome: str) -> None:
         state.running -= 1
         answers.close()
+        served.ended(len(every), answers.seconds or 0.0)
         if outcome == "cancelled":
             line.setdefault("status", 499)  # a client that left before it was told anything
         line.update(outcome=outcome, tokens=answers.tokens, forwards=answers.forwards)

@@ -1,6 +1,5 @@
 """`parablock serve`: load, listen, and stop in good order."""
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -9,58 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-import uvicorn
-from fastapi import FastAPI
-
 from parablock.engine.config import EngineConfig
 from parablock.server.app import State, create_app
 from parablock.server.config import ServeConfig
+from parablock.server.listener import Listener, warn_if_open
 from parablock.server.served import load_models
 
 POLL = 0.1  # seconds between looks at what still runs
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, but the first signal only stops taking requests; the socket closes when the running ones have ended."""
-
-    def __init__(self, config: uvicorn.Config, state: State) -> None:
-        super().__init__(config)
-        self._state = state
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handlers as long as the server runs; what ended it is no error."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    async def main_loop(self) -> None:
-        """Serve until told to stop, then until the running requests have ended or their time is over."""
-        while not self._state.draining:
-            await asyncio.sleep(POLL)
-            await self.on_tick(0)
-        ends_at = time.monotonic() + self._state.config.drain
-        while self._state.running and time.monotonic() < ends_at and not self.should_exit:
-            await asyncio.sleep(POLL)
-        if self._state.running:  # closing the engines ends them with an error of their own
-            for served in self._state.served.values():
-                await asyncio.to_thread(served.engine.close)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
-        await super().startup(sockets)
-        assert sockets is not None
-        port, names = sockets[0].getsockname()[1], ", ".join(self._state.served)
-        with contextlib.suppress(OSError):  # nowhere to say it
-            os.write(2, f"parablock serves {names} at http://{self._state.config.host}:{port}/v1\n".encode())
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._state.draining:
-            self.should_exit = True
-        self._state.draining = True
 
 
 def run_server(names: Sequence[str], config: ServeConfig, key: str | None) -> None:
@@ -69,18 +23,59 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None) -> No
     Raises:
         ValueError: a model that cannot be loaded.
         OSError: the address is taken.
+        SystemExit: an engine has stopped by itself, or the HTTP server has; the message says why.
     """
-    with _listen(config) as listener:
-        served = load_models(names, EngineConfig(max_rows=config.max_rows, compile=config.compile))
-        app: FastAPI = create_app(served, config, key)
-        options = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off", server_header=False
+    with _listen(config) as listening:
+        address, port = listening.getsockname()[:2]
+        warn_if_open(address, key)
+        served = load_models(
+            names, EngineConfig(max_rows=config.max_rows, max_queue=config.max_queue, compile=config.compile)
         )
         try:
-            _Server(options, app.state.server).run(sockets=[listener])
+            app = create_app(served, config, key)
+            state: State = app.state.server
+            with _signals() as came:
+                listener = Listener(app, listening)
+                _say(f"parablock serves {', '.join(state.served)} at http://{config.host}:{port}/v1")
+                while not came and not state.stopped and listener.alive:
+                    time.sleep(POLL)
+                state.draining = True
+                ends_at = time.monotonic() + config.drain
+                while state.running and listener.alive and time.monotonic() < ends_at and len(came) < 2:
+                    time.sleep(POLL)
+                if state.running:  # closing the engines ends them with an error of their own
+                    for model in served:
+                        model.engine.close()
+                listener.stop()
+            if state.stopped:
+                reason = str(state.stopped.engine.error).partition("\n")[0]
+                raise SystemExit(f"parablock: the engine of {state.stopped.name} has stopped ({reason})")
+            if listener.error:
+                raise SystemExit(f"parablock: the HTTP server has ended ({listener.error})")
         finally:
             for model in served:
                 model.engine.close()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM end nothing meanwhile: the list holds those that came."""
+    came: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nowhere to say it
+        os.write(2, f"{text}\n".encode())
 
 
 def _listen(config: ServeConfig) -> socket.socket:

@@ -74,6 +74,17 @@ def from_value_error(error: ValueError) -> ApiError:
     return ApiError(400, message, named[1] if named else None, "invalid_value")
 
 
+def shutting_down() -> ApiError:
+    """Told to stop, the server takes nothing more."""
+    return ApiError(503, "the server is shutting down; try again later", code="shutting_down")
+
+
+def engine_stopped(kind: str) -> ApiError:
+    """Nothing can be decoded any more, because of an error of this kind."""
+    message = f"the engine has stopped ({kind}); the server ends, try again when it has been started again"
+    return ApiError(503, message, code="engine_stopped")
+
+
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """The first thing that is wrong with a body, named."""
     first = errors[0]

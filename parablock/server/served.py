@@ -1,6 +1,8 @@
 """The models of a server: each with its tokenizer and its own engine."""
 
+import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +10,11 @@ from parablock.checkpoints.load import load
 from parablock.diffusion.support import is_adapted
 from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
+from parablock.server.errors import ApiError, engine_stopped, shutting_down
 from parablock.settings import Model
+
+RECENT = 32  # answers whose time says how long the next ones take
+LONGEST_RETRY = 60  # seconds
 
 
 class ServedModel:
@@ -21,7 +27,33 @@ class ServedModel:
         self.engine = Engine(model, config)
         self.engine.start()
         self.created = int(time.time())
-        self.open = 0  # answers that have not ended
+        self._recent: deque[float] = deque(maxlen=RECENT)  # seconds that the last answers were here
+
+    @property
+    def stopped(self) -> str | None:
+        """Why its engine has stopped by itself, as far as clients may know: the kind of the error."""
+        return None if self.engine.error is None else type(self.engine.error).__name__
+
+    def refusal(self) -> ApiError | None:
+        """Why it takes no requests any more, if it does not."""
+        if self.stopped:
+            return engine_stopped(self.stopped)
+        return shutting_down() if self.engine.closed else None
+
+    def ended(self, answers: int, seconds: float) -> None:
+        """So many answers, whole or given up, have left after so many seconds."""
+        self._recent.extend([seconds] * answers)
+
+    def retry_after(self, places: int) -> int:
+        """Whole seconds until so many places of a full engine are likely free.
+
+        As many answers leave per second as are there, over the time that each of them is there (Little's law).
+        """
+        if not self._recent:
+            return 1
+        room = self.engine.config.max_rows + (self.engine.config.max_queue or 0)
+        seconds = places * sum(self._recent) / len(self._recent) / room
+        return min(max(1, math.ceil(seconds)), LONGEST_RETRY)
 
     def card(self) -> dict[str, Any]:
         """Its entry in the list of models."""
