@@ -1,4 +1,4 @@
-"""`parablock serve` on a device that can be made slow or useless: `python odd_server.py FOLDER serve ...`.
+"""`parablock` on a device that can be made slow or useless: `python odd_server.py FOLDER serve ...`.
 
 While FOLDER holds a file `slow` every forward takes a tenth of a second; while it holds `broken` every forward fails.
 """

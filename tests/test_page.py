@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -38,8 +38,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(*args: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "parablock", *map(str, args)]
+def _start(
+    *args: object, env: dict[str, str] | None = None, program: Sequence[str] = ("-m", "parablock")
+) -> subprocess.Popen[str]:
+    command = [sys.executable, *program, *map(str, args)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {})
     )
@@ -312,6 +314,22 @@ def test_a_seed_and_top_k_are_those_of_the_answer(open_page: Any) -> None:
     expected = tokenizer.decode(pb.generate(model, prompt, config).tokens[0], skip_special_tokens=True)
     expect(page.locator(".pb-text")).to_contain_text(expected[-20:].splitlines()[-1])
     assert _shown(page) == expected
+
+
+@in_browser
+def test_a_page_whose_server_is_lost_ends(open_page: Any, tmp_path: Path) -> None:
+    script = Path(__file__).parent / "odd_server.py"
+    process = _start("app", "--port", _free_port(), program=[str(script), str(tmp_path)])
+    try:
+        page = open_page(_await_line(process, r"http://[\d.]+:\d+"))
+        (tmp_path / "broken").touch()
+        _ask(page, QUESTION)
+        told = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    reason = "the engine of bundled has stopped (RuntimeError)"
+    assert told.splitlines()[-1] == f"parablock: the page's own server has ended: {reason}"
 
 
 def test_a_page_whose_server_cannot_start_says_why(tmp_path: Path) -> None:
