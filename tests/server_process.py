@@ -23,7 +23,9 @@ from parablock.server.served import ServedModel
 QUESTION = "Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?"
 ASK: dict[str, Any] = {"model": "bundled", "messages": [{"role": "user", "content": QUESTION}]}
 # 400 tokens, one per forward: nothing else ends it
-LONG = ASK | {"max_tokens": 400, "seed": 2, "temperature": 90.0, "extra_body": {"mode": "autoregressive"}}
+# the bundled model answers this with zeros that never end, one after the other
+ENDLESS = {"model": "bundled", "messages": [{"role": "user", "content": "coins takes Teki pencils"}]}
+LONG: dict[str, Any] = ENDLESS | {"max_tokens": 400, "extra_body": {"mode": "autoregressive"}}
 
 HELD: list[socket.socket] = []  # until the tests end
 

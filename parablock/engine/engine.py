@@ -217,10 +217,10 @@ class Engine:
                 self._forward(step)
             except Exception as error:
                 log.exception("a step failed; its requests fail with it")
+                self._stop_if_broken(error)
                 for row in taking_part:
                     if (handle := self.batch.handles[row]) is not None:
                         self._end(handle, "failed", error, row)
-                self._check(error)
             self.step_seconds += time.perf_counter() - started
             return True
 
@@ -287,8 +287,6 @@ class Engine:
                     last = rows.prompt_R[row] + rows.length_R[row] - 1
                     handle.finish_reason = "stop" if rows.stop_R[row] == last else "length"
                     self._end(handle, "finished", row=row)
-                elif streaming_K[k]:
-                    handle._notify()
             except Exception as error:  # what goes wrong for one is no matter of the others
                 log.exception("a request failed")
                 self._end(handle, "failed", error, row)
@@ -309,8 +307,8 @@ class Engine:
             self._changed.notify_all()
         handle._notify()
 
-    def _check(self, error: Exception) -> None:
-        """After a failed step: if not even one token can be run any more, the engine stops for good."""
+    def _stop_if_broken(self, error: Exception) -> None:
+        """After a failed step: if not even one token can be run any more, the engine stops for good, all fail."""
         try:
             self.runner.check(self.batch.rows, self.batch.table_RP)
         except Exception:
