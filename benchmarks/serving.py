@@ -8,10 +8,8 @@ answer. Every whole answer is compared with that of `pb.generate`, and at the en
 `benchmarks/results/serving.json`; a wrong or lost answer is exit status 1.
 """
 
-import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import subprocess
@@ -22,16 +20,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import httpx
 import numpy as np
 import psutil
-from common import setting, write
+from common import options, questions, setting, write
 
 import parablock as pb
 from parablock.config import Mode
-from parablock.data.chat import encode_prompt
 from parablock.evals.word_problems import test_problems
 
 MODELS: dict[str, Mode] = {"bundled": "diffusion", "bundled-ar": "autoregressive"}
@@ -41,22 +36,20 @@ LEAVE = 0.2  # of the requests
 class Load:
     """What the clients of one model saw."""
 
-    def __init__(self, url: str, model: str, expected: dict[str, str], seconds: float) -> None:
+    def __init__(self, url: str, model: str, expected: dict[str, str]) -> None:
         self.url, self.model, self.expected = url, model, expected
         self.outcomes: Counter[str] = Counter()
         self.first: list[float] = []
         self.whole: list[float] = []
         self.tokens = 0
-        self.ends_at = time.perf_counter() + seconds
 
-    async def client(self, number: int) -> None:
+    async def client(self, number: int, ends_at: float) -> None:
         rng = random.Random(number)
-        questions = list(self.expected)
         async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
-            while time.perf_counter() < self.ends_at:
+            while time.perf_counter() < ends_at:
                 leaves_after = rng.randint(1, 6) if rng.random() < LEAVE else None
                 try:
-                    self.outcomes[await self.ask(http, rng.choice(questions), leaves_after)] += 1
+                    self.outcomes[await self.ask(http, rng.choice(list(self.expected)), leaves_after)] += 1
                 except httpx.HTTPError as error:
                     self.outcomes[type(error).__name__] += 1
 
@@ -90,11 +83,10 @@ class Load:
 
 def expected_answers(model_name: str, mode: Mode, problems: int) -> dict[str, str]:
     model, tokenizer = pb.load(model_name, device="cpu", dtype="float32")
-    questions = [problem.question for problem in test_problems(1, problems)]
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
-    out = pb.generate(model, prompts, pb.DecodeConfig(mode=mode))
+    asked = test_problems(1, problems)
+    out = pb.generate(model, questions(tokenizer, asked), pb.DecodeConfig(mode=mode))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in out.tokens]
-    return dict(zip(questions, texts, strict=True))
+    return {problem.question: text for problem, text in zip(asked, texts, strict=True)}
 
 
 def start_server(log: Path, rows: int) -> tuple[subprocess.Popen[bytes], str]:
@@ -113,7 +105,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}": round(float(np.percentile(seconds or [np.nan], p)), 4) for p in (50, 90, 99)}
 
 
-async def measure(load: Load, clients: int, server: psutil.Process) -> dict[str, Any]:
+async def measure(load: Load, clients: int, seconds: float, server: psutil.Process) -> dict[str, Any]:
     memory: list[float] = []
 
     async def watch() -> None:
@@ -122,17 +114,17 @@ async def measure(load: Load, clients: int, server: psutil.Process) -> dict[str,
             await asyncio.sleep(1)
 
     watcher, started = asyncio.create_task(watch()), time.perf_counter()
-    await asyncio.gather(*(load.client(number) for number in range(clients)))
-    seconds = time.perf_counter() - started
+    await asyncio.gather(*(load.client(number, started + seconds) for number in range(clients)))
+    took = time.perf_counter() - started
     watcher.cancel()
     return {
         "model": load.model,
         "mode": MODELS[load.model],
         "clients": clients,
-        "seconds": round(seconds, 1),
+        "seconds": round(took, 1),
         "outcomes": dict(load.outcomes),
-        "answers_per_second": round(load.outcomes["right"] / seconds, 2),
-        "tokens_per_second": round(load.tokens / seconds, 1),
+        "answers_per_second": round(load.outcomes["right"] / took, 2),
+        "tokens_per_second": round(load.tokens / took, 1),
         "time_to_first_text": percentiles(load.first),
         "answer_seconds": percentiles(load.whole),
         "memory_mib": {"start": round(memory[0]), "fifth": round(memory[len(memory) // 5]), "end": round(memory[-1])},
@@ -141,36 +133,26 @@ async def measure(load: Load, clients: int, server: psutil.Process) -> dict[str,
 
 def busy(url: str) -> float:
     """Rows, waiting requests and pages that are not free."""
-    samples = re.findall(
-        r"^parablock_(?:running|queue|kv_pages_used)\{.*\} (\S+)$", httpx.get(url + "/metrics").text, re.M
-    )
-    return sum(map(float, samples))
+    held = r"^parablock_(?:running|queue|kv_pages_used)\{.*\} (\S+)$"
+    return sum(map(float, re.findall(held, httpx.get(url + "/metrics").text, re.M)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=32)
-    options = parser.parse_args()
+    args = options(__doc__, clients=64, seconds=120.0, problems=64, rows=32)
     with tempfile.TemporaryDirectory() as folder:
-        process, url = start_server(Path(folder) / "stderr", options.rows)
+        process, url = start_server(Path(folder) / "stderr", args.rows)
         try:
             runs, left = [], 0.0
             for name, mode in MODELS.items():
-                load = Load(url, name, expected_answers(name, mode, options.problems), 0)
-                load.ends_at = time.perf_counter() + options.seconds
-                runs.append(asyncio.run(measure(load, options.clients, psutil.Process(process.pid))))
+                load = Load(url, name, expected_answers(name, mode, args.problems))
+                runs.append(asyncio.run(measure(load, args.clients, args.seconds, psutil.Process(process.pid))))
                 time.sleep(1)
                 left += busy(url)
             process.terminate()
             status = process.wait(timeout=60)
         finally:
             process.kill()
-    arguments = " ".join(f"--{name} {value:g}" for name, value in vars(options).items())
-    write("serving", {**setting(f"python benchmarks/serving.py {arguments}"), "busy_at_the_end": left,
-                      "exit_status": status, "runs": runs})  # fmt: skip
+    write("serving", {**setting(args), "busy_at_the_end": left, "exit_status": status, "runs": runs})
     bad = [outcome for run in runs for outcome in run["outcomes"] if outcome not in ("right", "left")]
     if bad or left or status:
         raise SystemExit(f"not every answer came: {bad}, {left:g} rows or pages held, exit status {status}")
