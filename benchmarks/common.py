@@ -44,8 +44,12 @@ def setting(args: argparse.Namespace, *parts: str) -> dict[str, Any]:
     """The command that measures `parts` again, the commit, the machine, the versions."""
     chosen = [f"--{name.replace('_', '-')} {value:g}" for name, value in vars(args).items() if name != "parts"]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *parts, *chosen])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {"command": command, "commit": commit.stdout.strip(), **machine()}
+    return {"command": command, "commit": commit(), **machine()}
+
+
+def commit() -> str:
+    out = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return out.stdout.strip()
 
 
 def write(name: str, report: dict[str, Any], indent: int = 2) -> None:

@@ -22,7 +22,7 @@ import common
 import numpy as np
 import torch
 from scipy.stats import linregress
-from torch import Tensor, nn
+from torch import nn
 
 import parablock as pb
 from parablock.bench.shapes import random_model
@@ -96,7 +96,8 @@ class Steps:
     """Denoising (or AR) steps of one request behind a long prompt, one at a time."""
 
     def __init__(self, model: Any, context: int, mode: Any, width: int) -> None:
-        self.width = width
+        self.width, self.ran, self.predictions = width, 0, 0  # queries and predictions of the latest forward
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
         self.engine = pb.Engine(model, pb.EngineConfig(max_rows=1, max_context=context + 4096, prefix_cache=False))
         prompt = np.random.default_rng(0).integers(0, 600, context + 1).tolist()
         config = pb.DecodeConfig(
@@ -104,15 +105,17 @@ class Steps:
             sub_block_size=width,
         )  # fmt: skip
         handle = self.engine.submit(pb.Request(prompt, config))
-        while not handle.forwards:
+        while handle.first_token is None:  # the prompt is read
             self.engine.step()
+
+    def _note(self, model: Any, args: Any, kwargs: Any) -> None:
+        self.ran, self.predictions = kwargs["input_ids"].shape[1], len(kwargs["logits_to_keep"])
 
     def one(self) -> float:
         """Seconds of the next step that runs as many tokens as asked."""
         while True:
-            before = self.engine.runner.queries
             took = common.seconds(self.engine.step)
-            if self.engine.runner.queries - before == self.width:
+            if self.ran == self.width:
                 return took
 
 
@@ -160,11 +163,12 @@ def attention_slope(width: int) -> float:
 
 
 @torch.inference_mode()
-def bare_forward(model: Any, tokens: int) -> float:
+def bare_forward(model: Any, tokens: int, predictions: int) -> float:
     """Seconds of the model's matrix products alone, at the sizes of a step."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]  # the head among them
-    inputs: dict[int, Tensor] = {m.in_features: torch.randn(tokens, m.in_features).to(model.dtype) for m in layers}
-    return common.seconds(lambda: [nn.functional.linear(inputs[m.in_features], m.weight, m.bias) for m in layers])
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    runs = [(torch.randn(predictions if m is head else tokens, m.in_features, dtype=model.dtype), m) for m in layers]
+    return common.seconds(lambda: [nn.functional.linear(x, m.weight, m.bias) for x, m in runs])
 
 
 def large(problems: int, repeats: int) -> dict[str, Any]:
@@ -176,7 +180,9 @@ def large(problems: int, repeats: int) -> dict[str, Any]:
 def _large(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     model = random_model("0.5b", block_size=32, dtype=dtype, device="cpu")
     runs = {kind: Steps(model, 128, mode, width) for kind, (mode, width) in KINDS.items()}
-    pairs = {kind: lambda run=run: (run.one(), bare_forward(model, run.width)) for kind, run in runs.items()}
+    pairs = {
+        kind: lambda run=run: (run.one(), bare_forward(model, run.ran, run.predictions)) for kind, run in runs.items()
+    }
     took = {kind: list(zip(*seen, strict=True)) for kind, seen in common.in_turns(pairs, repeats).items()}
     for run in runs.values():
         run.engine.close()

@@ -4,6 +4,7 @@ A frame has one row per value, indexed by model and problem (or repeat), and one
 alike.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,11 @@ def rates(tops: pd.DataFrame, bottoms: pd.DataFrame) -> pd.DataFrame:
     return top / bottom + (tops - top / bottom * bottoms) / bottom
 
 
+def beside(own: pd.DataFrame, longer: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The models of the page, and the bundled one, which is trained longer, as a plot calls them."""
+    return {"mean over seeds": own, "bundled": longer}
+
+
 def sizes(frame: pd.DataFrame, prefix: str = "", suffix: str = "") -> pd.DataFrame:
     """The settings with a number between `prefix` and `suffix`, by this number."""
     inside = {name: name.removeprefix(prefix).removesuffix(suffix) for name in frame}
@@ -122,15 +128,15 @@ def speeds(part: dict[str, Any], models: list[str], keys: list[str], what: str =
 
 def recipes(runs: list[dict[str, Any]], mode: str) -> pd.DataFrame:
     """Which problems the run of every seed solved, by variant of the recipe; their order is not known."""
-    seeds: dict[str, dict[int, pd.Series]] = {}
-    for run in runs:
-        seeds.setdefault(run["variant"], {})[run["seed"]] = counted(run[mode]["correct"], run[mode]["problems"])
-    return pd.DataFrame({variant: pd.concat(found) for variant, found in seeds.items()})
+    return pd.DataFrame({
+        variant: counted({run["seed"]: run[mode].values() for run in runs if run["variant"] == variant})
+        for variant in sorted({run["variant"] for run in runs})
+    })  # fmt: skip
 
 
-def counted(some: int, of: int) -> pd.Series:
-    """`some` ones among `of` values."""
-    return pd.Series((np.arange(of) < some).astype(int))
+def counted(counts: dict[Any, Iterable[int]]) -> pd.Series:
+    """By model, `some` ones among `of` values."""
+    return pd.concat({name: pd.Series(np.arange(of) < some).astype(int) for name, (some, of, *_) in counts.items()})
 
 
 def kept(part: dict[str, Any], models: list[str]) -> pd.DataFrame:
@@ -139,8 +145,7 @@ def kept(part: dict[str, Any], models: list[str]) -> pd.DataFrame:
         {"model": model, "threshold": threshold, **row}
         for model in models for threshold, found in part["staleness"][model].items() for row in found["kv"]
     ]  # fmt: skip
-    frame = pd.DataFrame(rows).pivot(index="model", columns=["by", "threshold", "kind", "at"])
-    return frame.sort_index(axis=1)
+    return pd.DataFrame(rows).pivot(index="model", columns=["by", "threshold", "kind", "at"]).sort_index(axis=1)
 
 
 def aging(kept: pd.DataFrame, by: str) -> dict[str, pd.DataFrame]:
@@ -150,14 +155,12 @@ def aging(kept: pd.DataFrame, by: str) -> dict[str, pd.DataFrame]:
 
 
 def decisions(part: dict[str, Any], models: list[str], threshold: str) -> dict[str, Any]:
-    """What narrow steps decided otherwise, by `tokens`, `revealed` and `sets`; how many steps, `narrow` and `all`."""
-    counts = {model: part["staleness"][model][threshold]["counts"] for model in models}
-    differ = {
-        what: pd.concat({m: counted(c.get(f"{what}_differ", 0), c.get(of, 0)) for m, c in counts.items()})
-        for what, of in {"tokens": "tokens", "revealed": "revealed", "sets": "steps"}.items()
-    }
-    narrow, every = (sum(c.get(of, 0) for c in counts.values()) for of in ("steps", "denoising"))
-    return {**differ, "narrow": narrow, "all": every}
+    """What narrow steps decided otherwise, by `tokens`, `revealed` and `sets`; and what was counted, models together."""
+    differ = {"tokens": "tokens", "revealed": "revealed", "sets": "steps"}
+    counts = pd.DataFrame({model: part["staleness"][model][threshold]["counts"] for model in models})
+    counts = counts.reindex(["denoising", *differ.values(), *(f"{what}_differ" for what in differ)]).fillna(0)
+    found = {what: counted(counts.loc[[f"{what}_differ", of]].to_dict("list")) for what, of in differ.items()}
+    return {**found, "narrow": counts.loc["steps"].sum(), "all": counts.loc["denoising"].sum()}
 
 
 def sweep(answers: dict[str, pd.DataFrame], field: str) -> dict[str, pd.DataFrame]:

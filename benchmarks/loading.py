@@ -93,7 +93,9 @@ def main() -> None:
         found = pd.DataFrame(runs)
         memory = (found[["own", "resident"]].median() / size).to_dict()
         rows.append({"loader": loader, "checkpoint": name, **memory, "seconds": sorted(found.seconds)})
-    print(f"{size:.0f} MiB of bf16 weights; memory over size, medians of {args.repeats}\n{pd.DataFrame(rows)}")
+    print(
+        f"{size:.0f} MiB of bf16 weights; memory over size, medians of {args.repeats}\n{pd.DataFrame(rows).to_string()}"
+    )
     write("loading", {**setting(args), "mebibytes": size, "repeats": args.repeats, "results": rows})
 
 

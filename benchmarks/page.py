@@ -42,23 +42,14 @@ def measured(script: str, parts: Sequence[str]) -> dict[str, Any]:
 
 def render(name: str, parts: dict[str, Any], pictures: Path) -> str:
     """The text of a page; its plots are written to `pictures`."""
-    environment = jinja2.Environment(
+    page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {
-        "points": points,
-        "percent": percent,
-        "plain": plain,
-        "spread": spread,
-        "markdown": markdown,
-    }
-    environment.globals |= {k: v for k, v in vars(figures).items() if callable(v) or k.isupper()}
-    environment.globals["plots"] = {
-        "panels": plot_panels, "concurrency": plots.plot_concurrency, "steps": plots.plot_steps
-    }  # fmt: skip
-    environment.globals |= {"picture": functools.partial(picture, pictures), "zip": zip}
-    return environment.get_template(f"{name}.md.j2").render(parts=parts)
+    page.filters |= {function.__name__: function for function in (points, percent, plain, spread, markdown)}
+    page.globals |= {name: what for name, what in vars(figures).items() if callable(what) or name.isupper()}
+    page.globals |= {"picture": functools.partial(picture, pictures), "panels": panels, "plots": plots, "zip": zip}
+    return page.get_template(f"{name}.md.j2").render(parts=parts)
 
 
 def picture(folder: Path, name: str, shows: str, plot: Callable[..., None], *figures: Any) -> str:
@@ -90,16 +81,16 @@ def spread(values: pd.Series) -> str:
     return f"{values.median():.0f} ({values.min():.0f} to {values.max():.0f})"
 
 
-def plot_panels(path: Path, *panels: dict[str, Any]) -> None:
+def panels(path: Path, *shown: dict[str, Any]) -> None:
     """Panels side by side: `x`, `y` (in points if it says "%"), and by name the `lines`: frames over what they vary.
 
     `across`: frames that say where a line's settings lie. `names`: settings are no numbers; `sizes`: they double;
     `zero`: y begins there; `level`: a height by its name.
     """
     plt = plots._pyplot()
-    width = 4.9 * len(panels) if len(panels) > 1 else 6.5
-    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.9), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    width = 4.9 * len(shown) if len(shown) > 1 else 6.5
+    figure, axes = plt.subplots(1, len(shown), figsize=(width, 3.9), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], shown, strict=True):
         names, across = panel.get("names", False), panel.get("across", {})
         step, scale = (1, 100) if "%" in panel["y"] else (0, 1)
         for (label, frame), (color, style) in zip(panel["lines"].items(), LINES, strict=False):

@@ -6,7 +6,6 @@ setting and model a part keeps a line of ones and zeros (which answers are right
 every answer.
 """
 
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from parablock.evals.word_problems import MAX_NEW_TOKENS, is_correct, test_probl
 MODELS = (*(f"seed-{seed}" for seed in SEEDS), "bundled")
 BLOCK, ROWS = 32, 64
 REQUESTS = 12  # of a measured speed, or twice the number in flight, whichever is more
+MEASURED = ("tokens_per_second", "tokens_per_forward", "queries_per_token")
 SUB_BLOCKS = (1, 2, 4, 8, 16, 32)
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 # every strategy from careful to all at once; in whole blocks, where there is most to choose from
@@ -42,7 +42,6 @@ decode = partial(pb.DecodeConfig, max_new_tokens=MAX_NEW_TOKENS)
 def load(name: str) -> tuple[Any, Any]:
     """`seed-N` is trained if it does not lie there yet."""
     logging.disable_progress_bar()
-    torch.set_num_threads(1)
     where: str | Path = train_model(int(name.removeprefix("seed-"))) if name.startswith("seed-") else name
     with warnings.catch_warnings(action="ignore"):
         return pb.load(str(where), device="cpu", dtype="float32")
@@ -72,12 +71,11 @@ def answer(model: Any, tokenizer: Any, problems: list[Problem], config: pb.Decod
 
 def answers(name: str, count: int, settings: dict[str, pb.DecodeConfig]) -> dict[str, dict[str, str]]:
     """What a model answers, by setting; with the setting "bundled-ar" the AR model answers the same problems."""
+    torch.set_num_threads(1)
     (model, tokenizer), problems, found = load(name), problems_of(name, count), {}
     for key, config in settings.items():
-        started = time.perf_counter()
         found[key] = answer(load(key)[0] if key == "bundled-ar" else model, tokenizer, problems, config)
-        share = found[key]["right"].count("1") / count
-        print(f"{name:8s} {key:24s} {100 * share:5.1f} %  {time.perf_counter() - started:5.1f} s", flush=True)
+        print(f"{name:8s} {key:24s} {found[key]['right'].count('1') / count:6.1%}", flush=True)
     return found
 
 
@@ -92,10 +90,7 @@ def speeds(repeats: int, **lists: Any) -> dict[str, list[dict[str, Any]]]:
             {
                 "mode": case.mode, "in_flight": case.concurrency, "threshold": case.threshold,
                 "sub_block": case.sub_block_size, "cache": case.sub_block_cache,
-                **{
-                    field: [round(getattr(m, field), 4) for m in measured]
-                    for field in ("tokens_per_second", "tokens_per_forward", "queries_per_token")
-                },
+                **{field: [round(getattr(repeat, field), 4) for repeat in measured] for field in MEASURED},
             }
             for case, measured in measure(Workload({"diffusion": model, "autoregressive": ar}, prompts, 600), config)
         ]  # fmt: skip

@@ -22,6 +22,7 @@ from parablock.diffusion.masks import block_causal_mask
 
 PROBLEMS = 100  # per model
 THRESHOLDS = (0.9, 1.0)
+FIGURES = ["cosine", "relative_l2"]
 
 Forward = tuple[Tensor, Tensor, Tensor]  # logits [positions, V], keys and values [layers, heads, positions, size]
 
@@ -99,7 +100,7 @@ class Watch:
             layer, position = np.indices(a.shape[:2]).reshape(2, -1)
             away = (position - sub) // self.config.sub_block_size
             cosine, distance = torch.cosine_similarity(a, b, dim=-1), (a - b).norm(dim=-1) / b.norm(dim=-1)
-            figures = {"cosine": cosine.ravel(), "relative_l2": distance.ravel()}
+            figures = dict(zip(FIGURES, (cosine.ravel(), distance.ravel()), strict=True))
             self.kv.append(pd.DataFrame({"kind": kind, "layer": layer, "distance": away, "revealed": since, **figures}))
 
 
@@ -110,13 +111,13 @@ def staleness(problems: int, repeats: int) -> dict[str, Any]:
 
 
 def _staleness(name: str, count: int) -> dict[str, Any]:
-    model, tokenizer = load(name)
-    found = {}
+    torch.set_num_threads(1)
+    (model, tokenizer), found = load(name), {}
     for threshold in THRESHOLDS:
         watch = Watch(model, decode(threshold=threshold, block_size=BLOCK))
         for prompt in questions(tokenizer, problems_of(name, count)):
             watch.answer(prompt)
-        found[str(threshold)] = {"counts": dict(watch.counts), "kv": means(watch.kv)}
+        found[str(threshold)] = {"counts": dict(watch.counts), "kv": means(watch.kv) if watch.kv else []}
         print(f"{name:8s} threshold {threshold}: {dict(watch.counts)}", flush=True)
     return found
 
@@ -125,6 +126,6 @@ def means(kv: list[pd.DataFrame]) -> list[dict[str, Any]]:
     """Of the K/V outside the sub-block, by layer, by sub-blocks away, and by what was revealed since."""
     lines = pd.concat(kv).query("distance != 0")
     return [
-        {"kind": kind, "by": by, "at": int(at), "count": len(group), **group[["cosine", "relative_l2"]].mean()}
+        {"kind": kind, "by": by, "at": int(at), "count": len(group), **group[FIGURES].astype(float).mean()}
         for by in ("distance", "layer", "revealed") for (kind, at), group in lines.groupby(["kind", by])
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, in_processes, write
+from common import RESULTS, commit, in_processes, write
 
 import parablock as pb
 from parablock.data.word_problems import EncodedProblems
@@ -69,7 +69,7 @@ def run_variant(variant: str, seed: int) -> None:
     model, tokenizer = _start()
     started = time.perf_counter()
     losses = _adapt(model, tokenizer, seed, STEPS, block_size=8, **VARIANTS[variant])
-    report: dict[str, Any] = {"variant": variant, "seed": seed, "steps": STEPS, "losses": losses}
+    report = {"variant": variant, "seed": seed, "steps": STEPS, "losses": losses, "commit": commit()}
     report["seconds"] = time.perf_counter() - started
     for mode in ("diffusion", "autoregressive"):
         config = pb.DecodeConfig(mode=mode, max_new_tokens=MAX_NEW_TOKENS)

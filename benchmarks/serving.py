@@ -106,17 +106,14 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 async def measure(load: Load, clients: int, seconds: float, server: psutil.Process) -> dict[str, Any]:
-    memory: list[float] = []
+    async def memory(after: float = 0) -> int:
+        await asyncio.sleep(after)
+        return round(server.memory_info().rss / 2**20)
 
-    async def watch() -> None:
-        while True:
-            memory.append(server.memory_info().rss / 2**20)
-            await asyncio.sleep(1)
-
-    watcher, started = asyncio.create_task(watch()), time.perf_counter()
-    await asyncio.gather(*(load.client(number, started + seconds) for number in range(clients)))
+    started, start = time.perf_counter(), await memory()
+    ends_at = started + seconds
+    fifth, *_ = await asyncio.gather(memory(seconds / 5), *(load.client(n, ends_at) for n in range(clients)))
     took = time.perf_counter() - started
-    watcher.cancel()
     return {
         "model": load.model,
         "mode": MODELS[load.model],
@@ -127,7 +124,7 @@ async def measure(load: Load, clients: int, seconds: float, server: psutil.Proce
         "tokens_per_second": round(load.tokens / took, 1),
         "time_to_first_text": percentiles(load.first),
         "answer_seconds": percentiles(load.whole),
-        "memory_mib": {"start": round(memory[0]), "fifth": round(memory[len(memory) // 5]), "end": round(memory[-1])},
+        "memory_mib": {"start": start, "fifth": fifth, "end": await memory()},
     }
 
 
