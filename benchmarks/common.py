@@ -9,11 +9,13 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+warnings.simplefilter("ignore", UserWarning)  # an AR checkpoint, another block size than trained: these are measured
 
 from parablock.data.chat import encode_prompt
 from parablock.data.word_problems import Problem
@@ -40,6 +42,17 @@ def options(doc: str | None, parts: Iterable[str] = (), **defaults: float) -> ar
     return args
 
 
+def measure_parts(doc: str | None, *functions: Callable[..., dict[str, Any]], problems: int, repeats: int) -> None:
+    """Runs the parts of a script (all, unless some are named); each writes `results/SCRIPT-PART.json`."""
+    parts = {function.__name__.replace("_", "-"): function for function in functions}
+    args = options(doc, parts, problems=problems, repeats=repeats)
+    for part in args.parts or parts:
+        print(f"{part}:", flush=True)
+        size = {"problems": args.problems, "repeats": args.repeats}
+        report = parts[part](**size)
+        write(f"{Path(sys.argv[0]).stem}-{part}", {"setting": setting(args, part), **size, **report})
+
+
 def setting(args: argparse.Namespace, *parts: str) -> dict[str, Any]:
     """The command that measures `parts` again, the commit, the machine, the versions."""
     chosen = [f"--{name.replace('_', '-')} {value:g}" for name, value in vars(args).items() if name != "parts"]
@@ -52,9 +65,9 @@ def commit() -> str:
     return out.stdout.strip()
 
 
-def write(name: str, report: dict[str, Any], indent: int = 2) -> None:
+def write(name: str, report: dict[str, Any]) -> None:
     """`results/NAME.json`, whole or not at all."""
-    print(write_text(RESULTS / f"{name}.json", json.dumps(report, indent=indent) + "\n"))
+    print(write_text(RESULTS / f"{name}.json", json.dumps(report, indent=1) + "\n"))
 
 
 def questions(tokenizer: Any, problems: Sequence[Problem]) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """What the engine costs and gives: measures what `page.py performance` shows.
 
     python benchmarks/engine.py                # all parts, about half an hour on two cores
-    python benchmarks/engine.py batch-one      # some of: batch-one, load, context, large
+    python benchmarks/engine.py batch-one      # some of them
 
 - batch-one: one request at a time, against the reference loop; when compiling has paid off;
 - load: 1 to 128 requests in flight, AR against block diffusion (what `parablock bench` measures);
@@ -64,16 +64,10 @@ def _batch_one(name: str, config: pb.DecodeConfig, problems: int) -> dict[str, A
         pb.Engine(other, pb.EngineConfig(**size, compile=True)) as compiled,
     ):
         start_up = common.seconds(lambda: list(answers(compiled.generate, 8)))  # all shapes are met
-        outputs = common.in_turns(
-            {
-                "reference loop": partial(next, answers(partial(pb.generate, model))),
-                "engine": partial(next, answers(engine.generate)),
-                "engine, compiled": partial(next, answers(compiled.generate)),
-            },
-            problems,
-        )
-    for loop, *engines in zip(*outputs.values(), strict=True):
-        assert all(out.tokens == loop.tokens for out in engines)
+        loop = partial(pb.generate, model)
+        makers = {"reference loop": loop, "engine": engine.generate, "engine, compiled": compiled.generate}
+        outputs = common.in_turns({name: partial(next, answers(make)) for name, make in makers.items()}, problems)
+    assert all(len({str(out.tokens) for out in same}) == 1 for same in zip(*outputs.values(), strict=True))
     took = {name: [out.seconds for out in outs] for name, outs in outputs.items()}
     saved = statistics.mean(took["engine"]) - statistics.mean(took["engine, compiled"])
     return {
@@ -151,14 +145,9 @@ def attention_slope(width: int) -> float:
     for length in (LENGTHS[1], LENGTHS[-1]):
         q = torch.randn(1, 2, 2 * width, 32)
         k, v = (torch.randn(6, length, 2, 32).transpose(1, 2)[:, None] for _ in range(2))
-        attend = partial(nn.functional.scaled_dot_product_attention, q)
-        seen = []
-        for _ in range(30):
-            other.sum()  # 128 MB pass through the caches
-            seen.append(
-                common.seconds(lambda k=k, v=v, attend=attend: [attend(k[layer], v[layer]) for layer in range(6)])
-            )
-        times[length] = statistics.median(seen)
+        attend = partial(map, partial(nn.functional.scaled_dot_product_attention, q), k, v)
+        # before each, 128 MB pass through the caches
+        times[length] = statistics.median((other.sum(), common.seconds(lambda a=attend: [*a()]))[1] for _ in range(30))
     return 1e9 * (times[LENGTHS[-1]] - times[LENGTHS[1]]) / (LENGTHS[-1] - LENGTHS[1])
 
 
@@ -196,17 +185,5 @@ def _large(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "batch-one": batch_one, "load": load, "context": context, "large": large
-}  # fmt: skip
-
-
-def main() -> None:
-    args = common.options(__doc__, PARTS, problems=100, repeats=5)
-    for part in args.parts or PARTS:
-        report = PARTS[part](problems=args.problems, repeats=args.repeats)
-        common.write(f"engine-{part}", {"setting": common.setting(args, part), **report})
-
-
 if __name__ == "__main__":
-    main()
+    common.measure_parts(__doc__, batch_one, load, context, large, problems=100, repeats=5)

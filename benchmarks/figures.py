@@ -46,12 +46,8 @@ def mean(values: pd.DataFrame | pd.Series, step: float = 0.0) -> Estimate:
     by_model = pd.DataFrame(values).groupby(level=0)
     means, counts = by_model.mean(), by_model.count()
     variances = (by_model.var() / counts).fillna(0.0)
-    within = variances.sum() ** 0.5 / means.count()
-    found = Estimate(
-        means.mean().to_numpy(),
-        np.maximum(within, step / counts.sum()).to_numpy(),
-        means.sem().fillna(0.0).to_numpy(),
-    )
+    within = np.maximum(variances.sum() ** 0.5 / means.count(), step / counts.sum())
+    found = Estimate(*map(np.array, (means.mean(), within, means.sem().fillna(0.0))))
     return found[0] if isinstance(values, pd.Series) else found
 
 
@@ -155,7 +151,7 @@ def aging(kept: pd.DataFrame, by: str) -> dict[str, pd.DataFrame]:
 
 
 def decisions(part: dict[str, Any], models: list[str], threshold: str) -> dict[str, Any]:
-    """What narrow steps decided otherwise, by `tokens`, `revealed` and `sets`; and what was counted, models together."""
+    """What narrow steps decided otherwise, by `tokens`, `revealed` and `sets`; how many steps, `narrow` and `all`."""
     differ = {"tokens": "tokens", "revealed": "revealed", "sets": "steps"}
     counts = pd.DataFrame({model: part["staleness"][model][threshold]["counts"] for model in models})
     counts = counts.reindex(["denoising", *differ.values(), *(f"{what}_differ" for what in differ)]).fillna(0)

@@ -6,7 +6,6 @@ setting and model a part keeps a line of ones and zeros (which answers are right
 every answer.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,8 +42,7 @@ def load(name: str) -> tuple[Any, Any]:
     """`seed-N` is trained if it does not lie there yet."""
     logging.disable_progress_bar()
     where: str | Path = train_model(int(name.removeprefix("seed-"))) if name.startswith("seed-") else name
-    with warnings.catch_warnings(action="ignore"):
-        return pb.load(str(where), device="cpu", dtype="float32")
+    return pb.load(str(where), device="cpu", dtype="float32")
 
 
 def problems_of(name: str, count: int) -> list[Problem]:
@@ -60,7 +58,7 @@ def of_models(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[
 def answer(model: Any, tokenizer: Any, problems: list[Problem], config: pb.DecodeConfig) -> dict[str, str]:
     """Which problems are solved with `config`, in how many tokens and decode forwards each."""
     size = pb.EngineConfig(max_rows=ROWS, block_size=config.block_size or BLOCK, prefix_cache=False, threads=1)
-    with warnings.catch_warnings(action="ignore"), pb.Engine(model, size) as engine:  # another block size than trained
+    with pb.Engine(model, size) as engine:
         out = engine.generate(questions(tokenizer, problems), config)
     return {
         "right": "".join(str(int(is_correct(tokenizer, t, p))) for t, p in zip(out.tokens, problems, strict=True)),

@@ -8,7 +8,6 @@ import itertools
 import json
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,7 @@ def _adapt(model: Any, tokenizer: Any, seed: int, steps: int, **settings: Any) -
 
 def _start() -> tuple[Any, Any]:
     torch.set_num_threads(1)
-    with warnings.catch_warnings(action="ignore"):
-        return pb.load("bundled-ar", device="cpu")
+    return pb.load("bundled-ar", device="cpu")
 
 
 def run_variant(variant: str, seed: int) -> None:

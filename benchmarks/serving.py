@@ -16,12 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
+import pandas as pd
 import psutil
 from common import options, questions, setting, write
 
@@ -33,52 +32,38 @@ MODELS: dict[str, Mode] = {"bundled": "diffusion", "bundled-ar": "autoregressive
 LEAVE = 0.2  # of the requests
 
 
-class Load:
-    """What the clients of one model saw."""
+async def client(url: str, model: str, expected: dict[str, str], number: int, ends_at: float) -> list[dict[str, Any]]:
+    """Asks until the time is over; how every request went."""
+    rng, seen = random.Random(number), []
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+        while time.perf_counter() < ends_at:
+            question = rng.choice(list(expected))
+            leaves_after = rng.randint(1, 6) if rng.random() < LEAVE else None
+            try:
+                seen.append(await ask(http, model, question, expected[question], leaves_after))
+            except (httpx.HTTPError, KeyError) as error:  # KeyError: a chunk that is an error
+                seen.append({"outcome": repr(error)})
+    return seen
 
-    def __init__(self, url: str, model: str, expected: dict[str, str]) -> None:
-        self.url, self.model, self.expected = url, model, expected
-        self.outcomes: Counter[str] = Counter()
-        self.first: list[float] = []
-        self.whole: list[float] = []
-        self.tokens = 0
 
-    async def client(self, number: int, ends_at: float) -> None:
-        rng = random.Random(number)
-        async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
-            while time.perf_counter() < ends_at:
-                leaves_after = rng.randint(1, 6) if rng.random() < LEAVE else None
-                try:
-                    self.outcomes[await self.ask(http, rng.choice(list(self.expected)), leaves_after)] += 1
-                except httpx.HTTPError as error:
-                    self.outcomes[type(error).__name__] += 1
-
-    async def ask(self, http: httpx.AsyncClient, question: str, leaves_after: int | None) -> str:
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "stream": True}
-        body["stream_options"] = {"include_usage": True}
-        started, text, chunks, first, tokens = time.perf_counter(), "", 0, None, 0
-        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                return f"status {response.status_code}"
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
+async def ask(
+    http: httpx.AsyncClient, model: str, question: str, answer: str, leaves_after: int | None
+) -> dict[str, Any]:
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    started, pieces, first, tokens = time.perf_counter(), [], 0.0, 0
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
                 chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    return f"error {chunk['error']['code']}"
-                for choice in chunk["choices"]:
-                    if piece := choice["delta"].get("content"):
-                        first = first or time.perf_counter() - started
-                        text, chunks = text + piece, chunks + 1
+                pieces += [piece for choice in chunk["choices"] if (piece := choice["delta"].get("content"))]
+                first = first or (time.perf_counter() - started if pieces else 0.0)
                 tokens = (chunk["usage"] or {}).get("completion_tokens", tokens)
-                if chunks == leaves_after:
-                    return "left"
-        if text != self.expected[question]:
-            return "wrong"
-        self.whole.append(time.perf_counter() - started)
-        self.first.append(first or 0.0)
-        self.tokens += tokens
-        return "right"
+                if len(pieces) == leaves_after:
+                    return {"outcome": "left"}
+    outcome = "right" if "".join(pieces) == answer else "wrong"
+    return {"outcome": outcome, "first": first, "whole": time.perf_counter() - started, "tokens": tokens}
 
 
 def expected_answers(model_name: str, mode: Mode, problems: int) -> dict[str, str]:
@@ -101,29 +86,29 @@ def start_server(log: Path, rows: int) -> tuple[subprocess.Popen[bytes], str]:
     raise RuntimeError(log.read_text())
 
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    return {f"p{p}": round(float(np.percentile(seconds or [np.nan], p)), 4) for p in (50, 90, 99)}
-
-
-async def measure(load: Load, clients: int, seconds: float, server: psutil.Process) -> dict[str, Any]:
+async def measure(url: str, model: str, args: Any, server: psutil.Process) -> dict[str, Any]:
     async def memory(after: float = 0) -> int:
         await asyncio.sleep(after)
         return round(server.memory_info().rss / 2**20)
 
+    expected = expected_answers(model, MODELS[model], args.problems)
     started, start = time.perf_counter(), await memory()
-    ends_at = started + seconds
-    fifth, *_ = await asyncio.gather(memory(seconds / 5), *(load.client(n, ends_at) for n in range(clients)))
+    clients = [client(url, model, expected, number, started + args.seconds) for number in range(args.clients)]
+    fifth, *seen = await asyncio.gather(memory(args.seconds / 5), *clients)
     took = time.perf_counter() - started
+    requests = pd.DataFrame([request for of_client in seen for request in of_client])
+    right = requests[requests.outcome == "right"]
+    times = right[["first", "whole"]].quantile([0.5, 0.9, 0.99]).set_index(pd.Index(["p50", "p90", "p99"])).round(4)
     return {
-        "model": load.model,
-        "mode": MODELS[load.model],
-        "clients": clients,
+        "model": model,
+        "mode": MODELS[model],
+        "clients": args.clients,
         "seconds": round(took, 1),
-        "outcomes": dict(load.outcomes),
-        "answers_per_second": round(load.outcomes["right"] / took, 2),
-        "tokens_per_second": round(load.tokens / took, 1),
-        "time_to_first_text": percentiles(load.first),
-        "answer_seconds": percentiles(load.whole),
+        "outcomes": requests.outcome.value_counts().to_dict(),
+        "answers_per_second": round(len(right) / took, 2),
+        "tokens_per_second": round(right.tokens.sum() / took, 1),
+        "time_to_first_text": times["first"].to_dict(),
+        "answer_seconds": times.whole.to_dict(),
         "memory_mib": {"start": start, "fifth": fifth, "end": await memory()},
     }
 
@@ -140,9 +125,8 @@ def main() -> None:
         process, url = start_server(Path(folder) / "stderr", args.rows)
         try:
             runs, left = [], 0.0
-            for name, mode in MODELS.items():
-                load = Load(url, name, expected_answers(name, mode, args.problems))
-                runs.append(asyncio.run(measure(load, args.clients, args.seconds, psutil.Process(process.pid))))
+            for model in MODELS:
+                runs.append(asyncio.run(measure(url, model, args, psutil.Process(process.pid))))
                 time.sleep(1)
                 left += busy(url)
             process.terminate()
