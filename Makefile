@@ -42,6 +42,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/training_cost.py
+	$(BIN)/python benchmarks/page.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

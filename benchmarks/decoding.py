@@ -3,74 +3,57 @@
     python benchmarks/decoding.py
 
 Every problem is solved by every decoder in turn (see `parablock/bench/compare.py`). Prints a table and where the time
-goes, then one JSON line; writes `benchmarks/results/decoding.json` and `docs/images/thresholds.png`, `denoising.png`.
+goes; writes `benchmarks/results/decoding.json` and `docs/images/thresholds.png`, `denoising.png`.
 """
 
-import argparse
-import os
-import statistics
 import time
-from collections import defaultdict
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-from common import PICTURES, setting, write
+import common
+import pandas as pd
+import torch
 from rich.console import Console
 
 import parablock as pb
 from parablock.bench.compare import compare
-from parablock.data.chat import encode_prompt
 from parablock.demo import CHOSEN, contenders, draw_pictures, name_of, print_table
 from parablock.evals.word_problems import test_problems
 
 
 def where_time_goes(contender: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """Milliseconds per forward by kind and query length, and the share of the time spent inside the model."""
-    import torch
-
+    """Milliseconds per forward by query length, and the share of the time spent inside the model."""
     torch.set_num_threads(contender.threads)
-    inside: list[tuple[int, float]] = []
-    plain = contender.model.forward
+    model, rows, forward = contender.model, [], {}
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        out = plain(*args, **kwargs)
-        inside.append((kwargs["input_ids"].shape[1], time.perf_counter() - started))
-        return out
+    def began(module: Any, args: Any, kwargs: Any) -> None:
+        forward.update(tokens=kwargs["input_ids"].shape[1], began=time.perf_counter())
 
-    contender.model.forward = timed
-    try:
-        total = 0.0
-        by_kind: dict[str, list[float]] = defaultdict(list)
-        for prompt in prompts:
-            started = last = time.perf_counter()
-            for step in pb.stream(contender.model, prompt, contender.config):
-                now = time.perf_counter()
-                kind = "prefill" if step.kind == "prefill" else f"{step.kind}, {inside[-1][0]} tokens"
-                by_kind[kind].append(now - last)
-                last = now
-            total += time.perf_counter() - started
-    finally:
-        del contender.model.forward
-    return {
-        "model_share": sum(seconds for _, seconds in inside) / total,
-        "forwards": {
-            kind: {
-                "count_per_answer": round(len(times) / len(prompts), 2),
-                "median_ms": round(1000 * statistics.median(times), 2),
-                "share_of_time": round(sum(times) / total, 3),
-            }
-            for kind, times in sorted(by_kind.items())
-        },
-    }
+    hooks = (
+        model.register_forward_pre_hook(began, with_kwargs=True),
+        model.register_forward_hook(lambda *_: forward.update(inside=time.perf_counter() - forward["began"])),
+    )
+    for prompt in prompts:
+        last = time.perf_counter()
+        for step in pb.stream(model, prompt, contender.config):
+            kind = f"{forward['tokens']} tokens" if step.decode_forwards[0] else "prefill"
+            now = time.perf_counter()
+            rows.append({"kind": kind, "seconds": now - last, "inside": forward["inside"]})
+            last = now
+    for hook in hooks:
+        hook.remove()
+    steps = pd.DataFrame(rows)
+    total, by_kind = steps.seconds.sum(), steps.groupby("kind").seconds
+    forwards = pd.DataFrame({
+        "count_per_answer": (by_kind.count() / len(prompts)).round(2),
+        "median_ms": (1000 * by_kind.median()).round(2),
+        "share_of_time": (by_kind.sum() / total).round(3),
+    })  # fmt: skip
+    print(f"{contender.name}: {steps.inside.sum() / total:.0%} of the time inside the model\n{forwards}")
+    return {"model_share": steps.inside.sum() / total, "forwards": forwards.to_dict("index")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=11)
-    args = parser.parse_args()
+    args = common.options(__doc__, problems=200, seed=11)
     console = Console(highlight=False)
     problems = test_problems(args.seed, args.problems)
     diffusion, tokenizer = pb.load("bundled", device="cpu")
@@ -78,26 +61,13 @@ def main() -> None:
     decoders = contenders(ar, diffusion, None, tokenizer, problems[0], console)
     results = compare(decoders, tokenizer, problems)
     print_table(results, console)
-    chosen = [d.name for d in decoders].index(name_of(CHOSEN))
-    prompts = [encode_prompt(tokenizer, p.messages()[:1]) for p in problems[:30]]
-    breakdown = {decoders[i].name: where_time_goes(decoders[i], prompts) for i in (0, chosen)}
-    for name, parts in breakdown.items():
-        print(f"{name}: {100 * parts['model_share']:.0f} % of the time inside the model")
-        for kind, row in parts["forwards"].items():
-            print(
-                f"  {kind:28s} {row['count_per_answer']:6.2f} per answer  {row['median_ms']:6.2f} ms  "
-                f"{100 * row['share_of_time']:4.1f} % of the time"
-            )
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    draw_pictures(PICTURES, results, diffusion, tokenizer, problems[0])
-    write(
-        "decoding",
-        {
-            "setting": setting(f"python benchmarks/decoding.py --problems {args.problems} --seed {args.seed}"),
-            "results": [r.as_dict() for r in results],
-            "where_time_goes": breakdown,
-        },
-    )
+    prompts = common.questions(tokenizer, problems[:30])
+    chosen = [decoders[0], *(decoder for decoder in decoders if decoder.name == name_of(CHOSEN))]
+    breakdown = {decoder.name: where_time_goes(decoder, prompts) for decoder in chosen}
+    common.PICTURES.mkdir(parents=True, exist_ok=True)
+    draw_pictures(common.PICTURES, results, diffusion, tokenizer, problems[0])
+    rows = [result.as_dict() for result in results]
+    common.write("decoding", {"setting": common.setting(args), "results": rows, "where_time_goes": breakdown})
 
 
 if __name__ == "__main__":

@@ -1,146 +1,132 @@
 """How stale the K/V are that the sub-block cache keeps, and what that changes.
 
-The reference loop decodes as always, and is watched: before each of its forwards another one over the whole block, on a
-copy of the cache, writes the K/V that the loop would have had without the sub-block cache. Nothing of it reaches the
-loop.
-A row's step is *narrow* when it runs its sub-block alone and reads the kept K/V of the block's other positions.
+`pb.stream` shows what every step of an answer knew and revealed, and so which of them were *narrow*: their block has
+K/V already and the first position of their sub-block is known, so they run the sub-block alone and read the kept K/V of
+the block's other positions. The stock model makes these forwards again: as the step was, and over the whole block.
 """
 
-import copy
 from collections import defaultdict
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch
-from paper_decoding import decode, load, over_models, prompts_of, questions
-from parablock.decoding.forward import forward
-from parablock.decoding.steps import draw
+from common import questions
+from paper_decoding import BLOCK, decode, load, of_models, problems_of
 from torch import Tensor
+from transformers import DynamicCache
 
 import parablock as pb
-from parablock.decoding import blocks
-from parablock.decoding.cache import BlockCache
 from parablock.decoding.unmasking import reveal
+from parablock.diffusion.masks import block_causal_mask
 
-STALE_PROBLEMS = 100  # per model
-STALE_THRESHOLDS = (0.9, 1.0)
-BATCH = 20
+PROBLEMS = 100  # per model
+THRESHOLDS = (0.9, 1.0)
+FIGURES = ["cosine", "relative_l2"]
 
-Sums = dict[tuple[Any, ...], np.ndarray]  # count, sum of the cosines, sum of the relative distances
+Forward = tuple[Tensor, Tensor, Tensor]  # logits [positions, V], keys and values [layers, heads, positions, size]
 
 
 class Watch:
-    """Stands in for three functions of the reference loop: looks, then calls them."""
+    """Answers one prompt at a time and looks at the narrow steps."""
 
-    def __init__(self, config: pb.DecodeConfig) -> None:
-        assert config.block_size is not None
-        self.config, self._block = config, config.block_size
-        self.kv: Sums = defaultdict(lambda: np.zeros(3))
+    def __init__(self, model: Any, config: pb.DecodeConfig) -> None:
+        self.model, self.config = model, config
         self.counts: dict[str, int] = defaultdict(int)
-        self._plan, self._forward, self._draw = blocks._plan, blocks.forward, blocks.draw
-        self._masked_R = np.zeros(0)  # masks in each row's block at its latest forward over the whole block
-        self._fresh: tuple[BlockCache, Tensor] | None = None
+        self.kv: list[pd.DataFrame] = []  # a line per kind, layer and position
 
-    def decode(self, model: Any, prompts: list[list[int]]) -> None:
-        """One batch, in the reference loop."""
-        self._masked_R = np.zeros(len(prompts), dtype=int)
-        self._fresh = None
-        with mock.patch.multiple(blocks, _plan=self.plan, forward=self.forward, draw=self.draw):
-            pb.generate(model, prompts, self.config)
+    @torch.inference_mode()
+    def answer(self, prompt: list[int]) -> None:
+        D, S, mask = self.config.block_size, self.config.sub_block_size, self.model.config.mask_token_id
+        start = len(prompt) // D * D
+        text, ids = prompt[:start], np.array([*prompt[start:], *[mask] * (start + D - len(prompt))])
+        masked = np.arange(start, start + D) >= len(prompt)  # of the active block, as before every step
+        kept = None  # the latest forward over the whole block
+        for step in pb.stream(self.model, prompt, self.config):
+            if step.decode_forwards[0] and masked.any():  # neither the prefill nor a commit
+                self.counts["denoising"] += 1
+                fresh, sub = self.whole([*text, *ids]), int(masked.argmax()) // S * S
+                if kept is None or masked[sub] or not self.config.sub_block_cache:
+                    kept, unknown = fresh, masked.sum()
+                else:
+                    chosen = self.decide(kept, fresh, ids, masked, sub)
+                    self.counts["as_decoded"] += int((chosen == step.revealed[0, sub + 1 : sub + S]).all())
+                    if (chosen == masked[sub + 1 : sub + S]).all():  # its last step, when the K/V around it are oldest
+                        self.compare(kept, fresh, len(text), sub, unknown - masked.sum())
+            else:
+                kept = None
+            ids, masked = step.ids[0], step.masked[0]
+            text = [*prompt, *step.tokens()][: step.start[0]]
 
-    def plan(self, state: Any, config: pb.DecodeConfig, spare_slot: int) -> Any:
-        self._state, self._now = state, self._plan(state, config, spare_slot)
-        self.counts["denoising"] += int((self._now.active_R & ~self._now.commit_R).sum())
-        return self._now
+    def whole(self, ids: list[int]) -> Forward:
+        """A forward over the committed blocks and all of the active one."""
+        visible = block_causal_mask(len(ids), self.config.block_size)[None, None]
+        out = self.model(input_ids=torch.tensor([ids]), attention_mask=visible, use_cache=True)
+        layers = out.past_key_values.layers
+        return out.logits[0], torch.cat([at.keys for at in layers]), torch.cat([at.values for at in layers])
 
-    def forward(self, model: Any, cache: BlockCache, ids_RQ: np.ndarray, **where: Any) -> Tensor:
-        block_RD = self._state.start_R[:, None] + np.arange(self._block)
-        masked_R = np.take_along_axis(self._state.masked_RC, block_RD, 1).sum(1)
-        self._since_R = self._masked_R - masked_R  # revealed since then
-        self._narrow_R = self._now.active_R & ~self._now.whole_R
-        self._masked_R = np.where(self._now.whole_R, masked_R, self._masked_R)
-        self._fresh = None
-        if self._narrow_R.any():
-            other = copy.copy(cache)
-            other.buffers = [(k.clone(), v.clone()) for k, v in cache.buffers]
-            rows = np.arange(len(block_RD))[:, None]
-            logits = forward(
-                model, other, self._state.ids_RC[rows, block_RD], start_R=self._state.start_R,
-                visible_R=self._state.start_R + self._block,
-            )  # fmt: skip
-            self._fresh = other, logits
-        logits = self._forward(model, cache, ids_RQ, **where)
-        self._cache = cache
-        return logits
+    def narrow(self, kept: Forward, ids: np.ndarray, place: np.ndarray) -> Tensor:
+        """Logits of the tokens at `place` alone, which see themselves and what is kept of all others."""
+        rest = np.delete(np.arange(len(kept[0])), place)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(*kept[1:], strict=True)):
+            cache.update(keys[None, :, rest], values[None, :, rest], layer)
+        seen = torch.ones(1, 1, len(place), len(kept[0]), dtype=torch.bool)
+        where = {"position_ids": torch.from_numpy(place)[None], "attention_mask": seen, "past_key_values": cache}
+        return self.model(input_ids=torch.from_numpy(ids)[None], **where).logits[0]
 
-    def draw(self, logits: Tensor, target_RS: np.ndarray, state: Any, config: Any, seed: int) -> tuple[Tensor, Tensor]:
-        tokens, confidence = self._draw(logits, target_RS, state, config, seed)
-        if self._fresh is not None:
-            self._compare(tokens, confidence, target_RS, seed)
-        return tokens, confidence
+    def decide(self, kept: Forward, fresh: Forward, ids: np.ndarray, masked: np.ndarray, sub: int) -> np.ndarray:
+        """What a narrow step reveals behind its first position, counted beside what fresh K/V would have it reveal."""
+        span = slice(sub, sub + self.config.sub_block_size)
+        place = len(kept[0]) - len(ids) + np.arange(span.start, span.stop)
+        candidates = masked[None, span][:, 1:]
+        found = []
+        for logits in (self.narrow(kept, ids[span], place), fresh[0][place]):
+            logits[:, self.model.config.mask_token_id] = -torch.inf
+            confidence, tokens = logits[None, :-1].softmax(-1).max(-1)  # a position is predicted by the one before it
+            chosen = reveal(confidence.numpy(), candidates, "threshold", threshold=self.config.threshold)
+            found.append((tokens.numpy(), chosen))
+        (tokens, chosen), (other, other_chosen) = found
+        self.counts["steps"] += 1
+        self.counts["sets_differ"] += int((chosen != other_chosen).any())
+        for name, which in (("tokens", candidates), ("revealed", chosen)):
+            self.counts[name] += int(which.sum())
+            self.counts[f"{name}_differ"] += int((which & (tokens != other)).sum())
+        return chosen[0]
 
-    def _compare(self, tokens: Tensor, confidence: Tensor, target_RS: np.ndarray, seed: int) -> None:
-        """The loop's decisions, and the K/V that they rest on, with those of the forward over the whole block."""
-        assert self._fresh is not None
-        fresh, logits = self._fresh
-        source_RS = torch.from_numpy(np.maximum(target_RS - 1 - self._state.start_R[:, None], 0))
-        source_RS = source_RS.clamp(max=logits.shape[1] - 1)
-        picked = logits.gather(1, source_RS[..., None].expand(-1, -1, logits.shape[-1]))
-        other_tokens, other_confidence = draw(picked, target_RS, self._state, self.config, seed)
-        candidate_RS = torch.from_numpy(self._now.candidate_RS & self._narrow_R[:, None])
-        rule: dict[str, Any] = {"strategy": self.config.strategy, "threshold": self.config.threshold}
-        chosen, other_chosen = (reveal(c, candidate_RS, **rule) for c in (confidence, other_confidence))
-        self.counts["steps"] += int(self._narrow_R.sum())
-        self.counts["sets_differ"] += int((chosen != other_chosen).any(1).sum())
-        self.counts["tokens"] += int(candidate_RS.sum())
-        self.counts["tokens_differ"] += int((candidate_RS & (tokens != other_tokens)).sum())
-        self.counts["revealed"] += int(chosen.sum())
-        self.counts["revealed_differ"] += int((chosen & (tokens != other_tokens)).sum())
-        last_R = self._narrow_R & (chosen == candidate_RS).all(1).numpy()
-        for row in last_R.nonzero()[0]:
-            self._compare_kv(fresh, int(row), int(target_RS[row, 0]))
-
-    def _compare_kv(self, fresh: BlockCache, row: int, begin: int) -> None:
-        """K/V of the block's other sub-blocks, at the last step of the one that begins at `begin`."""
-        S, start = self.config.sub_block_size, int(self._state.start_R[row])
-        span = slice(start, start + self._block)
-        far = (np.arange(start, span.stop) // S) - begin // S
-        since = int(self._since_R[row])
-        for layer, (kept, true) in enumerate(zip(self._cache.buffers, fresh.buffers, strict=True)):
-            for kind, old, new in zip(("keys", "values"), kept, true, strict=True):
-                a, b = (t[row, :, span].transpose(0, 1).flatten(1) for t in (old, new))
-                cosine = torch.cosine_similarity(a, b, dim=1).numpy()
-                distance = ((a - b).norm(dim=1) / b.norm(dim=1)).numpy()
-                for away in set(far.tolist()) - {0}:
-                    here = far == away
-                    add = np.array([here.sum(), cosine[here].sum(), distance[here].sum()])
-                    self.kv[kind, "layer", layer] += add
-                    self.kv[kind, "distance", away] += add
-                    self.kv[kind, "revealed", since] += add
+    def compare(self, kept: Forward, fresh: Forward, start: int, sub: int, since: int) -> None:
+        """The K/V of the block that begins at `start`, `since` revealed positions after they were made."""
+        for kind, old, new in zip(("keys", "values"), kept[1:], fresh[1:], strict=True):
+            a, b = (t[:, :, start:].transpose(1, 2).flatten(2) for t in (old, new))  # [layers, block, heads * size]
+            layer, position = np.indices(a.shape[:2]).reshape(2, -1)
+            away = (position - sub) // self.config.sub_block_size
+            cosine, distance = torch.cosine_similarity(a, b, dim=-1), (a - b).norm(dim=-1) / b.norm(dim=-1)
+            figures = dict(zip(FIGURES, (cosine.ravel(), distance.ravel()), strict=True))
+            self.kv.append(pd.DataFrame({"kind": kind, "layer": layer, "distance": away, "revealed": since, **figures}))
 
 
-def staleness(names: Sequence[str], count: int, repeats: int) -> dict[str, Any]:
+def staleness(problems: int, repeats: int) -> dict[str, Any]:
     """By model and threshold: the means of every group of K/V, and how many decisions differ."""
-    count = min(count, STALE_PROBLEMS)
-    return {"staleness": over_models(partial(_staleness, count=count), names), "stale_problems": count}
+    count = min(problems, PROBLEMS)
+    return {"staleness": of_models(_staleness, count), "stale_problems": count}
 
 
 def _staleness(name: str, count: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    model, tokenizer = load(name)
-    prompts = prompts_of(tokenizer, questions(name, count))
-    found = {}
-    for threshold in STALE_THRESHOLDS:
-        watch = Watch(decode(threshold=threshold, block_size=model.config.bd_size))
-        for start in range(0, len(prompts), BATCH):
-            watch.decode(model, prompts[start : start + BATCH])
-        kv = [
-            {"kind": kind, "by": by, "at": at, "count": int(n), "cosine": float(c / n), "relative_l2": float(d / n)}
-            for (kind, by, at), (n, c, d) in sorted(watch.kv.items())
-        ]
-        found[str(threshold)] = {"counts": dict(watch.counts), "kv": kv}
+    (model, tokenizer), found = load(name), {}
+    for threshold in THRESHOLDS:
+        watch = Watch(model, decode(threshold=threshold, block_size=BLOCK))
+        for prompt in questions(tokenizer, problems_of(name, count)):
+            watch.answer(prompt)
+        found[str(threshold)] = {"counts": dict(watch.counts), "kv": means(watch.kv) if watch.kv else []}
         print(f"{name:8s} threshold {threshold}: {dict(watch.counts)}", flush=True)
     return found
+
+
+def means(kv: list[pd.DataFrame]) -> list[dict[str, Any]]:
+    """Of the K/V outside the sub-block, by layer, by sub-blocks away, and by what was revealed since."""
+    lines = pd.concat(kv).query("distance != 0")
+    return [
+        {"kind": kind, "by": by, "at": int(at), "count": len(group), **group[FIGURES].astype(float).mean()}
+        for by in ("distance", "layer", "revealed") for (kind, at), group in lines.groupby(["kind", by])
+    ]  # fmt: skip

@@ -8,29 +8,23 @@ answer. Every whole answer is compared with that of `pb.generate`, and at the en
 `benchmarks/results/serving.json`; a wrong or lost answer is exit status 1.
 """
 
-import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import httpx
-import numpy as np
+import pandas as pd
 import psutil
-from common import setting, write
+from common import options, questions, setting, write
 
 import parablock as pb
-from parablock.data.chat import encode_prompt
 from parablock.decoding.config import Mode
 from parablock.evals.word_problems import test_problems
 
@@ -38,63 +32,46 @@ MODELS: dict[str, Mode] = {"bundled": "diffusion", "bundled-ar": "autoregressive
 LEAVE = 0.2  # of the requests
 
 
-class Load:
-    """What the clients of one model saw."""
+async def client(url: str, model: str, expected: dict[str, str], number: int, ends_at: float) -> list[dict[str, Any]]:
+    """Asks until the time is over; how every request went."""
+    rng, seen = random.Random(number), []
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+        while time.perf_counter() < ends_at:
+            question = rng.choice(list(expected))
+            leaves_after = rng.randint(1, 6) if rng.random() < LEAVE else None
+            try:
+                seen.append(await ask(http, model, question, expected[question], leaves_after))
+            except (httpx.HTTPError, KeyError) as error:  # KeyError: a chunk that is an error
+                seen.append({"outcome": repr(error)})
+    return seen
 
-    def __init__(self, url: str, model: str, expected: dict[str, str], seconds: float) -> None:
-        self.url, self.model, self.expected = url, model, expected
-        self.outcomes: Counter[str] = Counter()
-        self.first: list[float] = []
-        self.whole: list[float] = []
-        self.tokens = 0
-        self.ends_at = time.perf_counter() + seconds
 
-    async def client(self, number: int) -> None:
-        rng = random.Random(number)
-        questions = list(self.expected)
-        async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
-            while time.perf_counter() < self.ends_at:
-                leaves_after = rng.randint(1, 6) if rng.random() < LEAVE else None
-                try:
-                    self.outcomes[await self.ask(http, rng.choice(questions), leaves_after)] += 1
-                except httpx.HTTPError as error:
-                    self.outcomes[type(error).__name__] += 1
-
-    async def ask(self, http: httpx.AsyncClient, question: str, leaves_after: int | None) -> str:
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "stream": True}
-        body["stream_options"] = {"include_usage": True}
-        started, text, chunks, first, tokens = time.perf_counter(), "", 0, None, 0
-        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                return f"status {response.status_code}"
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
+async def ask(
+    http: httpx.AsyncClient, model: str, question: str, answer: str, leaves_after: int | None
+) -> dict[str, Any]:
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    started, pieces, first, tokens = time.perf_counter(), [], 0.0, 0
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
                 chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    return f"error {chunk['error']['code']}"
-                for choice in chunk["choices"]:
-                    if piece := choice["delta"].get("content"):
-                        first = first or time.perf_counter() - started
-                        text, chunks = text + piece, chunks + 1
+                pieces += [piece for choice in chunk["choices"] if (piece := choice["delta"].get("content"))]
+                first = first or (time.perf_counter() - started if pieces else 0.0)
                 tokens = (chunk["usage"] or {}).get("completion_tokens", tokens)
-                if chunks == leaves_after:
-                    return "left"
-        if text != self.expected[question]:
-            return "wrong"
-        self.whole.append(time.perf_counter() - started)
-        self.first.append(first or 0.0)
-        self.tokens += tokens
-        return "right"
+                if len(pieces) == leaves_after:
+                    return {"outcome": "left"}
+    outcome = "right" if "".join(pieces) == answer else "wrong"
+    return {"outcome": outcome, "first": first, "whole": time.perf_counter() - started, "tokens": tokens}
 
 
 def expected_answers(model_name: str, mode: Mode, problems: int) -> dict[str, str]:
     model, tokenizer = pb.load(model_name, device="cpu", dtype="float32")
-    questions = [problem.question for problem in test_problems(1, problems)]
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
-    out = pb.generate(model, prompts, pb.DecodeConfig(mode=mode))
+    asked = test_problems(1, problems)
+    out = pb.generate(model, questions(tokenizer, asked), pb.DecodeConfig(mode=mode))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in out.tokens]
-    return dict(zip(questions, texts, strict=True))
+    return {problem.question: text for problem, text in zip(asked, texts, strict=True)}
 
 
 def start_server(log: Path, rows: int) -> tuple[subprocess.Popen[bytes], str]:
@@ -109,68 +86,54 @@ def start_server(log: Path, rows: int) -> tuple[subprocess.Popen[bytes], str]:
     raise RuntimeError(log.read_text())
 
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    return {f"p{p}": round(float(np.percentile(seconds or [np.nan], p)), 4) for p in (50, 90, 99)}
+async def measure(url: str, model: str, args: Any, server: psutil.Process) -> dict[str, Any]:
+    async def memory(after: float = 0) -> int:
+        await asyncio.sleep(after)
+        return round(server.memory_info().rss / 2**20)
 
-
-async def measure(load: Load, clients: int, server: psutil.Process) -> dict[str, Any]:
-    memory: list[float] = []
-
-    async def watch() -> None:
-        while True:
-            memory.append(server.memory_info().rss / 2**20)
-            await asyncio.sleep(1)
-
-    watcher, started = asyncio.create_task(watch()), time.perf_counter()
-    await asyncio.gather(*(load.client(number) for number in range(clients)))
-    seconds = time.perf_counter() - started
-    watcher.cancel()
+    expected = expected_answers(model, MODELS[model], args.problems)
+    started, start = time.perf_counter(), await memory()
+    clients = [client(url, model, expected, number, started + args.seconds) for number in range(args.clients)]
+    fifth, *seen = await asyncio.gather(memory(args.seconds / 5), *clients)
+    took = time.perf_counter() - started
+    requests = pd.DataFrame([request for of_client in seen for request in of_client])
+    right = requests[requests.outcome == "right"]
+    times = right[["first", "whole"]].quantile([0.5, 0.9, 0.99]).set_index(pd.Index(["p50", "p90", "p99"])).round(4)
     return {
-        "model": load.model,
-        "mode": MODELS[load.model],
-        "clients": clients,
-        "seconds": round(seconds, 1),
-        "outcomes": dict(load.outcomes),
-        "answers_per_second": round(load.outcomes["right"] / seconds, 2),
-        "tokens_per_second": round(load.tokens / seconds, 1),
-        "time_to_first_text": percentiles(load.first),
-        "answer_seconds": percentiles(load.whole),
-        "memory_mib": {"start": round(memory[0]), "fifth": round(memory[len(memory) // 5]), "end": round(memory[-1])},
+        "model": model,
+        "mode": MODELS[model],
+        "clients": args.clients,
+        "seconds": round(took, 1),
+        "outcomes": requests.outcome.value_counts().to_dict(),
+        "answers_per_second": round(len(right) / took, 2),
+        "tokens_per_second": round(right.tokens.sum() / took, 1),
+        "time_to_first_text": times["first"].to_dict(),
+        "answer_seconds": times.whole.to_dict(),
+        "memory_mib": {"start": start, "fifth": fifth, "end": await memory()},
     }
 
 
 def busy(url: str) -> float:
     """Rows, waiting requests and pages that are not free."""
-    samples = re.findall(
-        r"^parablock_(?:running|queue|kv_pages_used)\{.*\} (\S+)$", httpx.get(url + "/metrics").text, re.M
-    )
-    return sum(map(float, samples))
+    held = r"^parablock_(?:running|queue|kv_pages_used)\{.*\} (\S+)$"
+    return sum(map(float, re.findall(held, httpx.get(url + "/metrics").text, re.M)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=32)
-    options = parser.parse_args()
+    args = options(__doc__, clients=64, seconds=120.0, problems=64, rows=32)
     with tempfile.TemporaryDirectory() as folder:
-        process, url = start_server(Path(folder) / "stderr", options.rows)
+        process, url = start_server(Path(folder) / "stderr", args.rows)
         try:
             runs, left = [], 0.0
-            for name, mode in MODELS.items():
-                load = Load(url, name, expected_answers(name, mode, options.problems), 0)
-                load.ends_at = time.perf_counter() + options.seconds
-                runs.append(asyncio.run(measure(load, options.clients, psutil.Process(process.pid))))
+            for model in MODELS:
+                runs.append(asyncio.run(measure(url, model, args, psutil.Process(process.pid))))
                 time.sleep(1)
                 left += busy(url)
             process.terminate()
             status = process.wait(timeout=60)
         finally:
             process.kill()
-    arguments = " ".join(f"--{name} {value:g}" for name, value in vars(options).items())
-    write("serving", {**setting(f"python benchmarks/serving.py {arguments}"), "busy_at_the_end": left,
-                      "exit_status": status, "runs": runs})  # fmt: skip
+    write("serving", {**setting(args), "busy_at_the_end": left, "exit_status": status, "runs": runs})
     bad = [outcome for run in runs for outcome in run["outcomes"] if outcome not in ("right", "left")]
     if bad or left or status:
         raise SystemExit(f"not every answer came: {bad}, {left:g} rows or pages held, exit status {status}")
