@@ -166,6 +166,7 @@ def test_attention_that_reads_pages_in_place(model: Any, mode: Any, monkeypatch:
         assert engine.generate(ROWS, config).tokens == pb.generate(model, ROWS, config).tokens
 
 
+@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile builds nothing where torch's own path has a space")
 def test_compiled_engines_give_the_same_tokens_each_on_its_own_model(model: Any) -> None:
     other = small_model(seed=1)
     config = pb.EngineConfig(compile=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from processes import run_program
 from server_process import serve
 
 import parablock as pb
@@ -107,14 +108,7 @@ def results(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "jobs").write_text(json.dumps(pieces()).replace(ADDRESS, url))
     runner = Path(__file__).with_name("run_pieces.py")
-    ended = subprocess.run(
-        [sys.executable, runner, "jobs", "results"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    ended = run_program([sys.executable, runner, "jobs", "results"], cwd=folder)
     assert ended.returncode == 0, ended.stderr
     found: dict[str, dict[str, str]] = json.loads((folder / "results").read_text())
     return found

@@ -3,9 +3,7 @@
 import asyncio
 import dataclasses
 import json
-import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+from processes import Running, run, run_program, start
 
 from parablock.app.client import Client
 from parablock.app.launch import _choose
 from parablock.cli import app
 from parablock.data.word_problems import word_problem
 
-COMMAND = [sys.executable, "-m", "parablock"]
 QUESTION = word_problem("test", 5, 0).question
 LINE = (
     "parablock: bundled-ar was never adapted to block diffusion: it decodes autoregressively "
@@ -46,7 +44,7 @@ print([name for name in ("torch", "transformers") if name in sys.modules])
 
 
 def test_wrong_paths_are_told_before_torch_is_imported(tmp_path: Path) -> None:
-    out = subprocess.run([sys.executable, "-c", WRONG_PATHS], capture_output=True, text=True, check=True, cwd=tmp_path)
+    out = run_program([sys.executable, "-c", WRONG_PATHS], cwd=tmp_path)
     *commands, heavy = out.stdout.splitlines()
     assert heavy == "[]"
     assert [line.split(" | ")[1] for line in commands] == ["2"] * 12
@@ -57,7 +55,7 @@ def test_wrong_paths_are_told_before_torch_is_imported(tmp_path: Path) -> None:
 
 
 def generated(*args: str) -> tuple[dict[str, Any], str]:
-    out = subprocess.run([*COMMAND, "generate", "--json", *args, QUESTION], capture_output=True, text=True, check=True)
+    out = run("generate", "--json", *args, QUESTION)
     answer: dict[str, Any] = json.loads(out.stdout)
     return answer, out.stderr
 
@@ -88,26 +86,17 @@ def test_bench_and_eval_measure_an_ar_checkpoint(tmp_path: Path, capsys: pytest.
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
-    """A server of an AR model alone: its address, its process, and what it said before it listened."""
-    command = [*COMMAND, "serve", "bundled-ar", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    told: list[str] = []
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"http://[\d.]+:\d+", line):
-            break
-        told.append(line)
-    try:
-        yield found[0], process, told  # type: ignore[index]
-    finally:
+def served() -> Iterator[tuple[str, Running]]:
+    """A server of an AR model alone: its address and its process."""
+    with start("serve", "bundled-ar", "--port", 0) as process:
+        yield process.wait_for(r"http://[\d.]+:\d+"), process
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        assert process.wait() == 0
 
 
-def test_serve_says_it_and_the_card_shows_it(served: tuple[str, Any, list[str]]) -> None:
-    url, _, told = served
-    assert told == [LINE]
+def test_serve_says_it_and_the_card_shows_it(served: tuple[str, Running]) -> None:
+    url, process = served
+    assert process.err.startswith(f"{LINE}parablock serves ")
     card = Client(url).models()[0]["parablock"]
     assert card["modes"] == ["autoregressive"]
     body = {"messages": [{"role": "user", "content": QUESTION}]}
@@ -118,7 +107,7 @@ def test_serve_says_it_and_the_card_shows_it(served: tuple[str, Any, list[str]])
     assert "never adapted" in refused.json()["error"]["message"]
 
 
-def test_the_page_shows_an_ar_model_token_by_token(served: tuple[str, Any, list[str]]) -> None:
+def test_the_page_shows_an_ar_model_token_by_token(served: tuple[str, Running]) -> None:
     page = pytest.importorskip("parablock.app.page", reason="the page needs gradio: pip install 'parablock[app]'")
     client = Client(served[0])
     assert _choose(client, None, None) == ("bundled-ar", "bundled-ar")
