@@ -122,8 +122,9 @@ def start_function(
         folder = Path(name)
         for stream in ("out", "err"):
             (folder / stream).touch()
+        (folder / "tmp").mkdir()
         streams = (stdin, stdout or str(folder / "out"), stderr or str(folder / "err"))
-        variables = {**os.environ, **(environment or {})}
+        variables = {**os.environ, "TMPDIR": str(folder / "tmp"), **(environment or {})}
         process = WARM.Process(target=_enter, args=(streams, cwd, variables, function, args))
         with patch.dict(os.environ, QUIET):
             forkserver.ensure_running()
@@ -188,6 +189,7 @@ def _enter(
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(variables)
+    tempfile.tempdir = None  # its own, by TMPDIR
     if cwd is not None:
         os.chdir(cwd)
     function(*args)
