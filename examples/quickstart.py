@@ -16,6 +16,6 @@ for row in out.tokens:
     print(tokenizer.decode(row, skip_special_tokens=True), end="\n\n")
 print(f"{out.new_tokens} tokens, {out.tokens_per_forward:.1f} per forward, {out.tokens_per_second:.0f} per second\n")
 
-for step in pb.stream(model, prompts[0]):
+for number, step in enumerate(pb.stream(model, prompts[0]), start=1):
     known = ["_" if masked else tokenizer.decode([i]) for i, masked in zip(step.ids[0], step.masked[0], strict=True)]
-    print(f"{step.kind:8s}", "|".join(known).replace("\n", "\\n"))
+    print(f"{number:3d}", "|".join(known).replace("\n", "\\n"))

@@ -83,9 +83,13 @@ def _is_ours(process: psutil.Process) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _alike() -> Iterator[None]:
+    """Every test begins alike, and none changes what the others compute."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == (torch.float32, "highest")
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ def test_a_load_keeps_so_many_in_flight_and_loses_none() -> None:
         # a short prompt has no prefill: every query is one of a block or a sub-block
         assert 8 * out.tokens / out.tokens_per_forward >= out.queries_per_token * out.tokens >= 4 * len(PROMPTS)
         assert 0 < out.ttft <= out.ttft_95 <= out.seconds
-        assert out.kv_bytes == 2 * 8 * concurrency * (2 * 2 * 2 * 8 * 4)  # pages, tokens, requests, bytes per token
+        # at most two pages a request, of eight tokens: the second is taken when the answer reaches it
+        assert concurrency <= out.kv_bytes / (8 * (2 * 2 * 2 * 8 * 4)) <= 2 * concurrency
 
 
 def test_cases_and_speed_ups() -> None:

@@ -36,7 +36,7 @@ PAGES = {
     "README.md 1": "tokens per forward",
     "README.md 2": "####",
     "checkpoints.md": "####",
-    "decoding.md": "denoise",
+    "decoding.md": "_|_|_",
     "engine.md": "'running': 0",
     "evaluation.md": "accuracy",
     "getting_started.md": "forwards",

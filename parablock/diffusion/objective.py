@@ -217,7 +217,8 @@ def _compare_logits(model: Model) -> None:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            own = model.forward(**inputs).logits.float()
+            # the class's own: what wraps the instance's forward (autocast, say) is entered already, and not re-entrant
+            own = type(model).forward(model, **inputs).logits.float()
             if not kept:  # its forward doesn't call the decoder as a module
                 kept.append(model.get_decoder()(**inputs).last_hidden_state)
             ours = _head_logits(model, kept[0])

@@ -283,6 +283,7 @@ class Engine:
                     handle.tokens += new
                     shown_k = {name: array[k] for name, array in vars(shown).items()}
                     handle._updates.append(Update(**shown_k, tokens=new, forwards=int(rows.forwards_R[row]), done=done))
+                    handle._notify()
                 if done:
                     last = rows.prompt_R[row] + rows.length_R[row] - 1
                     handle.finish_reason = "stop" if rows.stop_R[row] == last else "length"
