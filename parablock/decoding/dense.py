@@ -73,7 +73,7 @@ class Dense:
             past_key_values=self.cache,
             use_cache=True,
             is_causal=False,  # without a mask: attend to everything the cache shows
-            logits_to_keep=torch.from_numpy(keep).to(device),
+            logits_to_keep=0 if len(keep) == ids_RQ.shape[1] else torch.from_numpy(keep).to(device),  # 0: all
         ).logits
         return logits
 

@@ -5,6 +5,7 @@ Shapes: n pieces (at most one of a row), m predictions wanted from them, M predi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class Work:
         """How many tokens it runs."""
         return int(self.width_n.sum())
 
-    @property
+    @cached_property
     def row_m(self) -> np.ndarray:
         """The predictions' rows."""
         row_m: np.ndarray = self.rows_n[self.piece_m]
