@@ -1,6 +1,7 @@
 """The examples and the code in the documents run as they stand, and the documents name only what exists."""
 
 import contextlib
+import graphlib
 import json
 import os
 import re
@@ -174,6 +175,17 @@ def test_rooms_import_only_from_rooms_above() -> None:
             continue
         imported = set(re.findall(r"^\s*(?:from|import) parablock\.(\w+)", path.read_text(), re.M)) - {room}
         assert imported <= set(rooms[: rooms.index(room)]), path
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    imports = {}
+    for path in (ROOT / "parablock").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        imports[name] = set(re.findall(r"^\s*(?:from|import) (parablock[\w.]*)", path.read_text(), re.M)) - {
+            "parablock"
+        }
+    imports.pop("parablock")  # its public names are imported when they are first used
+    assert len(list(graphlib.TopologicalSorter(imports).static_order())) >= len(imports)  # CycleError names a circle
 
 
 def test_links_lead_somewhere() -> None:
