@@ -193,7 +193,7 @@ def test_lora_under_torchrun(tmp_path: Path) -> None:
     out = run_program(command)
     assert out.returncode == 0, out.stderr
     assert out.stdout.count("fill rate") == 1  # the first process speaks
-    assert out.stderr.count("tokenizing: 100%") == 1  # and tokenizes, for both
+    assert out.stderr.count("tokenizing:   0%") == 1  # and tokenizes, for both (a bar may tell its end twice)
     model, tokenizer = pb.load(tmp_path / "run" / "model")
     assert type(model).__name__ == "PeftModelForCausalLM"
     assert model.config.bd_size == 16
