@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import threading
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,26 @@ def code_of(response: httpx.Response, stream: bool) -> str:
     return str(json.loads(event)["error"]["code"])
 
 
+def on_a_device_that_waits(burst: Callable[[Any, Any, threading.Event], Coroutine[Any, Any, None]]) -> None:
+    """Room for two answers and one that waits; no forward runs before `burst(served, app, go)` sets `go`."""
+    served, app = in_process(ServeConfig(max_rows=2, max_queue=1))
+    go = threading.Event()
+    served.engine.model.get_decoder().register_forward_pre_hook(lambda *_: go.wait(60) and None)
+    try:
+        asyncio.run(burst(served, app, go))
+        wait_until_idle(served)
+    finally:
+        go.set()
+        served.engine.close()
+
+
 def test_the_queue_never_holds_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many at once, whose prompts are encoded beside the event loop; the device stands still meanwhile."""
     from parablock.server import app as module
 
     monkeypatch.setattr(module, "LONG", 0)
-    served, app = in_process(ServeConfig(max_rows=2, max_queue=1))
-    go = threading.Event()
-    served.engine.model.get_decoder().register_forward_pre_hook(lambda *_: go.wait(60) and None)
 
-    async def burst() -> None:
+    async def burst(served: Any, app: Any, go: threading.Event) -> None:
         tasks = [asyncio.create_task(ask(app)) for _ in range(12)]
         refused = [await task for task in itertools.islice(asyncio.as_completed(tasks, timeout=30), 9)]
         assert {response.status_code for response in refused} == {429}
@@ -58,20 +69,11 @@ def test_the_queue_never_holds_more_than_it_may(monkeypatch: pytest.MonkeyPatch)
         go.set()
         assert sorted([(await task).status_code for task in tasks]) == [200] * 3 + [429] * 9
 
-    try:
-        asyncio.run(burst())
-        wait_until_idle(served)
-    finally:
-        go.set()
-        served.engine.close()
+    on_a_device_that_waits(burst)
 
 
 def test_all_choices_of_a_request_or_none() -> None:
-    served, app = in_process(ServeConfig(max_rows=2, max_queue=1))
-    go = threading.Event()
-    served.engine.model.get_decoder().register_forward_pre_hook(lambda *_: go.wait(60) and None)
-
-    async def burst() -> None:
+    async def burst(served: Any, app: Any, go: threading.Event) -> None:
         one = asyncio.create_task(ask(app))
         while not served.engine.stats["running"]:
             await asyncio.sleep(0.01)
@@ -83,12 +85,7 @@ def test_all_choices_of_a_request_or_none() -> None:
             await asyncio.sleep(0.01)
         assert len(again.json()["choices"]) == 3
 
-    try:
-        asyncio.run(burst())
-        wait_until_idle(served)
-    finally:
-        go.set()
-        served.engine.close()
+    on_a_device_that_waits(burst)
 
 
 def test_when_to_try_again() -> None:
