@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from parablock.engine.config import EngineConfig
     from parablock.engine.engine import Engine
     from parablock.engine.request import Handle, Request, Update
+    from parablock.packed import pack, unpack
     from parablock.training.config import TrainConfig
     from parablock.training.mask_token import prepare
     from parablock.training.trainer import train
@@ -37,11 +38,13 @@ _HOME = {
     "export": "checkpoints.export",
     "generate": "decoding.generate",
     "load": "checkpoints.load",
+    "pack": "packed",
     "prepare": "training.mask_token",
     "sample_noise": "diffusion.noise",
     "save": "checkpoints.save",
     "stream": "decoding.generate",
     "train": "training.trainer",
+    "unpack": "packed",
 }
 
 __all__ = [
@@ -59,11 +62,13 @@ __all__ = [
     "export",
     "generate",
     "load",
+    "pack",
     "prepare",
     "sample_noise",
     "save",
     "stream",
     "train",
+    "unpack",
 ]
 
 

@@ -90,7 +90,7 @@ def _require_free(output: Path, may_hold_a_run: bool) -> None:
 def _load(config: AdaptConfig, console: Console) -> tuple[Model, Any]:
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32  # frozen weights need no more
-    model, tokenizer = load(config.model, dtype=dtype, device=device)
+    model, tokenizer = load(config.model, dtype=dtype, device=device, packed=False)
     if config.mode == "diffusion" and (added := prepare(model, tokenizer, config.block_size)):
         console.print(f"added: {added}", soft_wrap=True)
     if config.lora_rank:

@@ -31,7 +31,8 @@ WHICH = "A checkpoint: directory, hub id, 'bundled' or 'bundled-ar'."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=WHICH)]
 ArOption = Annotated[str | None, typer.Option(help="A model for AR. Default: the same; for 'bundled' its AR model.")]
 ModelArgument = Annotated[str, typer.Argument(help=WHICH)]
-DtypeOption = Annotated[str | None, typer.Option(help="'float32' or 'bfloat16'. Default: float32 on a CPU.")]
+DTYPES = "'float32', 'bfloat16', 'int8' (8-bit weights, on a CPU). Default: the fastest that is true to the checkpoint."
+DtypeOption = Annotated[str | None, typer.Option(help=DTYPES)]
 decode_options = options(DecodeConfig, "Decoding")
 
 
@@ -42,6 +43,7 @@ def generate(
     model: ModelOption = "bundled",
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens and figures.")] = False,
+    dtype: DtypeOption = None,
     given: Given = NOTHING,
 ) -> None:
     """Answer one prompt, to stdout."""
@@ -57,7 +59,7 @@ def generate(
     from parablock.data.chat import encode_prompt
     from parablock.decoding.generate import generate as decode
 
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, dtype=dtype)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(text)["input_ids"]
     else:
@@ -83,6 +85,7 @@ def chat(
         bool | None,
         typer.Option(help="Send earlier turns along. Default: yes, but not to the bundled models (single questions)."),
     ] = None,
+    dtype: DtypeOption = None,
     given: Given = NOTHING,
 ) -> None:
     """Talk to a model in the terminal."""
@@ -93,7 +96,7 @@ def chat(
     from parablock.app.terminal import chat as converse
     from parablock.checkpoints.load import load
 
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, dtype=dtype)
     keep = model not in BUNDLED_MODELS if history is None else history
     converse(loaded, tokenizer, config, Console(highlight=False), history=keep)
 
@@ -109,6 +112,7 @@ def web_app(
         str | None, typer.Option(help="A running parablock server (its key in PARABLOCK_API_KEY). Default: its own.")
     ] = None,
     ar: ArOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """A web page: watch answers being denoised, replay them, race AR against block diffusion."""
     for library in ("gradio", "uvicorn", "httpx"):
@@ -118,7 +122,7 @@ def web_app(
         look(ar or "bundled-ar")
     from parablock.app.launch import run_app
 
-    run_app(model, ar, url, host, port)
+    run_app(model, ar, url, host, port, dtype)
 
 
 @app.command()
@@ -255,6 +259,7 @@ def evaluate(
 def serve(
     model: ModelArgument = "bundled",
     also: Annotated[list[str] | None, typer.Option(help="One more model in the same server (repeatable).")] = None,
+    dtype: DtypeOption = None,
     given: Given = NOTHING,
 ) -> None:
     """Serve models over OpenAI's HTTP interface; the key, if there is one, is in PARABLOCK_API_KEY."""
@@ -266,7 +271,7 @@ def serve(
         announce(look(name), DecodeConfig())
     from parablock.server.command import run_server
 
-    run_server(names, config, os.environ.get("PARABLOCK_API_KEY") or None)
+    run_server(names, config, os.environ.get("PARABLOCK_API_KEY") or None, dtype)
 
 
 @app.callback(invoke_without_command=True)

@@ -104,7 +104,7 @@ def test_the_command_on_a_shape(tmp_path: Path) -> None:
         (["--concurrency", ""], "name at least one value"),
         (["--repeats", "0"], "repeats=0 is out of range"),
         (["--random-weights", "3b"], "shape '3b' is unknown; use 0.5b, 1.5b, 7b"),
-        (["--dtype", "int8"], "dtype 'int8' is unknown"),
+        (["--dtype", "int4"], "dtype 'int4' is unknown"),
         (["--prompts", "missing.txt"], "missing.txt"),
     ],
 )

@@ -18,7 +18,7 @@ GENERAL = (
 LOGIN = "User name: parablock. Password: the key that the page was started with (PARABLOCK_API_KEY)."
 
 
-def run_app(model: str | None, ar: str | None, url: str | None, host: str, port: int) -> None:
+def run_app(model: str | None, ar: str | None, url: str | None, host: str, port: int, dtype: str | None = None) -> None:
     """Serve the page until Ctrl-C. With a key (PARABLOCK_API_KEY) the page asks for it.
 
     Raises:
@@ -31,7 +31,7 @@ def run_app(model: str | None, ar: str | None, url: str | None, host: str, port:
     name, ended = model or "bundled", _never
     if url is None:
         counterpart = ar or ("bundled-ar" if name == "bundled" else name)
-        client, ended = _own_server(list(dict.fromkeys([name, counterpart])))
+        client, ended = _own_server(list(dict.fromkeys([name, counterpart])), dtype)
     else:
         client = Client(url.rstrip("/").removesuffix("/v1"), key)
         name, counterpart = _choose(client, model, ar)
@@ -93,7 +93,7 @@ def _choose(client: Client, model: str | None, ar: str | None) -> tuple[str, str
     return chosen, ar or ("bundled-ar" if chosen == "bundled" and "bundled-ar" in known else chosen)
 
 
-def _own_server(names: list[str]) -> tuple[Client, Callable[[], str | None]]:
+def _own_server(names: list[str], dtype: str | None) -> tuple[Client, Callable[[], str | None]]:
     """A server of this process on a free port of localhost, with a key that nobody else knows; why it has ended."""
     import secrets
 
@@ -104,7 +104,7 @@ def _own_server(names: list[str]) -> tuple[Client, Callable[[], str | None]]:
 
     key = secrets.token_urlsafe(32)
     listening = socket.create_server(("127.0.0.1", 0))
-    app = create_app(load_models(names, EngineConfig()), ServeConfig(), key)
+    app = create_app(load_models(names, EngineConfig(), dtype), ServeConfig(), key)
     listener, state = Listener(app, listening), app.state.server
 
     def ended() -> str | None:

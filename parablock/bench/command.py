@@ -68,9 +68,14 @@ def run_bench(
 
 def _random_workload(shape: str, block_size: int, dtype: str | None) -> Workload:
     from parablock.bench.shapes import random_model
+    from parablock.checkpoints.load import known_dtype
+    from parablock.packed import pack
 
     device = _device()
-    made = random_model(shape, block_size=block_size, dtype=_dtype(dtype or "bfloat16"), device=device)
+    weights = known_dtype("bfloat16" if dtype in (None, "int8") else dtype)
+    made = random_model(shape, block_size=block_size, dtype=weights, device=device)
+    if device == "cpu":
+        pack(made, int8=dtype == "int8")
     return Workload({"diffusion": made, "autoregressive": made}, [], made.config.mask_token_id)
 
 
@@ -86,14 +91,13 @@ def _workload(model: str, ar: str | None, prompts: Path | None, dtype: str | Non
             raise ValueError(f"{prompts} holds no prompt; write one per line")
     else:
         questions = [problem.question for problem in test_problems(1, TASK_PROMPTS)]
-    kind = None if dtype is None else _dtype(dtype)
-    loaded, tokenizer = load(model, dtype=kind)
+    loaded, tokenizer = load(model, dtype=dtype)
     if ar is not None and not is_adapted(loaded.config):
         raise ValueError(f"ar={ar!r}: {model} was never adapted and decodes autoregressively itself; leave --ar out")
     other = ar or ("bundled-ar" if model == "bundled" else None)
     autoregressive = loaded
     if other is not None:
-        autoregressive, _ = load(other, dtype=kind)
+        autoregressive, _ = load(other, dtype=dtype)
     if tokenizer.chat_template is None:
         encoded = [tokenizer(question)["input_ids"] for question in questions]
     else:
@@ -107,11 +111,3 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {name!r} is unknown; use 'float32', 'bfloat16' or 'float16'")
-    return getattr(torch, name)

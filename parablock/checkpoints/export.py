@@ -62,7 +62,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, layout: str) -> None:
             f"{checkpoint.name} was never adapted to block diffusion, so there is nothing to export; adapt it with: "
             f"parablock adapt {checkpoint.name}"
         )
-    export(*load(checkpoint.name, dtype="auto", device="cpu"), path, known)
+    export(*load(checkpoint.name, dtype="auto", device="cpu", packed=False), path, known)
 
 
 def require_layout(name: str) -> Layout:

@@ -7,6 +7,8 @@ from parablock.checkpoints.checks import check_architecture, check_loaded, in_on
 from parablock.checkpoints.look import Checkpoint, look
 from parablock.settings import Model, require_library
 
+LARGE = 30_000_000  # parameters from which on bfloat16 is the faster dtype on a CPU that has it
+
 
 def load(
     path_or_id: str | Path = "bundled",
@@ -16,6 +18,7 @@ def load(
     device_map: Any = None,
     quantization_config: Any = None,
     revision: str | None = None,
+    packed: bool = True,
 ) -> tuple[Model, Any]:
     """Load a model and its tokenizer as stock transformers objects, ready to decode or to adapt.
 
@@ -26,11 +29,15 @@ def load(
     Args:
         path_or_id: a directory, a hub id, `"bundled"` (the block-diffusion model that comes with the package) or
             `"bundled-ar"` (the AR model it was adapted from).
-        dtype: a torch dtype or its name, or "auto" for the checkpoint's own; by default float32 on CPU, else "auto".
+        dtype: a torch dtype or its name, "auto" for the checkpoint's own, or "int8" (on a CPU: 8-bit weights). By
+            default the checkpoint's own; on a CPU float32, unless the checkpoint is a large one in bfloat16 and the
+            processor multiplies in it.
         device: a torch device; by default CUDA where there is one, else CPU.
         device_map: transformers' (such as "auto", to spread a large model over devices), instead of `device`.
         quantization_config: one of transformers' quantisation configs; its library must be installed.
         revision: of a hub id: branch, tag or commit.
+        packed: on a CPU: prepare the weights of the linear layers for the processor (`parablock.pack`); they are plain
+            again in `model.train()` and in what is saved.
 
     Raises:
         ValueError: no such checkpoint, one that is incomplete or damaged, or a model that block diffusion cannot run.
@@ -42,16 +49,41 @@ def load(
 
     if device_map is None:
         device_map = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None:
-        dtype = torch.float32 if device_map == "cpu" else "auto"
-    options = {"dtype": dtype, "device_map": device_map}
+    on_cpu = str(device_map) == "cpu"
+    if dtype == "int8" and not on_cpu:
+        raise ValueError(f"dtype='int8' is for a CPU, and the model goes to {device_map!r}; use quantization_config")
+    options = {"dtype": "auto" if dtype in (None, "int8") else known_dtype(dtype), "device_map": device_map}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if checkpoint.base is not None:
         model, tokenizer = _load_adapter(checkpoint, checkpoint.base, options)
     else:
         model, tokenizer = _load_model(checkpoint, options, revision)
+    if on_cpu and quantization_config is None:
+        _suit_to_cpu(model, dtype, packed)
     return model.eval(), tokenizer
+
+
+def known_dtype(name: Any) -> Any:
+    """The torch dtype of that name (or "auto"); ValueError for another word."""
+    import torch
+
+    if isinstance(name, str) and name not in ("float32", "bfloat16", "float16", "auto"):
+        raise ValueError(f"dtype {name!r} is unknown; use 'float32', 'bfloat16', 'float16', 'int8' or 'auto'")
+    return getattr(torch, name) if isinstance(name, str) and name != "auto" else name
+
+
+def _suit_to_cpu(model: Model, dtype: Any, packed: bool) -> None:
+    import torch
+
+    from parablock.packed import bf16_is_fast, pack
+
+    if dtype in (None, "int8"):
+        large = model.dtype == torch.bfloat16 and model.num_parameters() >= LARGE
+        if not (large and bf16_is_fast()):
+            model.float()
+    if packed or dtype == "int8":
+        pack(model, int8=dtype == "int8")
 
 
 def _load_model(checkpoint: Checkpoint, options: dict[str, Any], revision: str | None) -> tuple[Model, Any]:

@@ -1,7 +1,8 @@
 """Attention over the paged K/V: an operator that a stock model calls in place of its own attention.
 
 The operator's arguments are tensors and numbers alone, so that a compiler or a graph capture of the model can pass over
-it; the number `runner` leads to the runner whose K/V memory and current step it works on.
+it; the number `runner` (a tensor on the host, so that what was compiled for one engine is known to the next) leads to
+the runner whose K/V memory and current step it works on.
 """
 
 from typing import Any, Protocol, cast
@@ -24,15 +25,15 @@ _runners: WeakValueDictionary[int, Attends] = WeakValueDictionary()  # an operat
 # how many engines a model serves, and the attention it had before
 _lent: "WeakKeyDictionary[Any, tuple[int, str]]" = WeakKeyDictionary()
 _library: Any = torch.library.Library("parablock", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("attend(Tensor query, Tensor key, Tensor value, float scale, int layer, int runner) -> Tensor")
+_library.define("attend(Tensor query, Tensor key, Tensor value, float scale, int layer, Tensor runner) -> Tensor")
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, runner: int) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, runner: Tensor) -> Tensor:
     """`query [1, H, T, d]`, `key [1, H_kv, T, d]`, `value [1, H_kv, T, e]` -> `[1, T, H, e]`."""
-    return _runners[runner].attend(query, key, value, scale, layer)
+    return _runners[int(runner)].attend(query, key, value, scale, layer)
 
 
-def _shape_alone(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, runner: int) -> Tensor:
+def _shape_alone(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, runner: Tensor) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -47,7 +48,7 @@ def engine_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    runner: int | None = None,
+    runner: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """In transformers' interface. A call that does not come from an engine gets torch's attention, as by "sdpa"."""

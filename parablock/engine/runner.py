@@ -59,7 +59,8 @@ class Runner:
         self.model = model
         self.block_size = block_size
         self.device = torch.device(model.device)
-        self.number = next(_numbers)
+        number = next(_numbers)
+        self.number = torch.tensor(number, device="cpu")
         self.threads = config.threads
         self.all_threads = torch.get_num_threads()  # here, where no step of another engine has changed it
         self.queries = 0  # tokens that all forwards ran so far, prompts included
@@ -73,7 +74,7 @@ class Runner:
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device)  # keeps the model from making one
         self._forward: Any = self._call_model
         self._graphs = Graphs(self.device) if config.cuda_graphs else None
-        register_runner(self.number, self)
+        register_runner(number, self)
         lend_attention(model)
         try:
             with torch.inference_mode():

@@ -17,7 +17,7 @@ from parablock.server.served import load_models
 POLL = 0.1  # seconds between looks at what still runs
 
 
-def run_server(names: Sequence[str], config: ServeConfig, key: str | None) -> None:
+def run_server(names: Sequence[str], config: ServeConfig, key: str | None, dtype: str | None = None) -> None:
     """Load the models, serve them until SIGTERM or Ctrl-C, and return when what ran has ended.
 
     Raises:
@@ -28,9 +28,8 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None) -> No
     with _listen(config) as listening:
         address, port = listening.getsockname()[:2]
         warn_if_open(address, key)
-        served = load_models(
-            names, EngineConfig(max_rows=config.max_rows, max_queue=config.max_queue, compile=config.compile)
-        )
+        engine = EngineConfig(max_rows=config.max_rows, max_queue=config.max_queue, compile=config.compile)
+        served = load_models(names, engine, dtype)
         try:
             app = create_app(served, config, key)
             state: State = app.state.server

@@ -70,7 +70,7 @@ class ServedModel:
         }
 
 
-def load_models(names: Sequence[str], config: EngineConfig) -> list[ServedModel]:
+def load_models(names: Sequence[str], config: EngineConfig, dtype: str | None = None) -> list[ServedModel]:
     """Load checkpoints and start their engines.
 
     Raises:
@@ -79,4 +79,4 @@ def load_models(names: Sequence[str], config: EngineConfig) -> list[ServedModel]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"the model {name!r} is given twice; name every model once")
-    return [ServedModel(name, *load(name), config) for name in names]
+    return [ServedModel(name, *load(name, dtype=dtype), config) for name in names]

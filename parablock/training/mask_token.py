@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from parablock.packed import unpack
 from parablock.settings import Model
 
 MASK_TOKEN = "|<MASK>|"  # as in the published Fast-dLLM v2 checkpoints
@@ -33,6 +34,7 @@ def prepare(model: Model, tokenizer: Any, block_size: int = 32) -> str | None:
 
 def _add_mask_token(model: Model, tokenizer: Any) -> str:
     """Choose a mask token, give it an embedding; returns which, in words."""
+    unpack(model)  # the head may grow
     weight = model.get_input_embeddings().weight
     if weight.device.type == "meta":
         raise ValueError("the embeddings are offloaded, so no mask token can be added; load them on a device")
