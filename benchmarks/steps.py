@@ -129,9 +129,9 @@ def shares(problems: int, repeats: int) -> dict[str, Any]:
 def _shares(model: Any, mode: Any, requests: int, steps: int) -> dict[str, float]:
     clock = Clock()
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    with pb.Engine(model, pb.EngineConfig(max_rows=requests, prefix_cache=False, max_context=1024)) as engine:
+    with pb.Engine(model, pb.EngineConfig(max_rows=requests, prefix_cache=False, max_context=512)) as engine:
         generator = torch.Generator().manual_seed(0)
-        config = pb.DecodeConfig(mode=mode, max_new_tokens=512, stop_token_ids=(), strategy="fixed", sub_block_size=8)
+        config = pb.DecodeConfig(mode=mode, max_new_tokens=448, stop_token_ids=(), strategy="fixed", sub_block_size=8)
         for _ in range(requests):
             prompt = torch.randint(0, 600, (CONTEXT,), generator=generator).tolist()
             engine.submit(pb.Request(prompt, config))
