@@ -40,6 +40,7 @@ build: $(VENV)/.dev
 # the figures of the README, measured on this machine
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/official.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/training_cost.py
 	$(BIN)/python benchmarks/page.py

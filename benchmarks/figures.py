@@ -1,4 +1,4 @@
-"""What the parts of `paper.py` measured as tables, means with their errors, and what a claim comes to.
+"""What was measured as tables, means with their errors, and what a claim comes to.
 
 A frame has one row per value, indexed by model and problem (or repeat), and one column per setting. All models count
 alike.
@@ -120,6 +120,15 @@ def speeds(part: dict[str, Any], models: list[str], keys: list[str], what: str =
     ]  # fmt: skip
     once = pd.DataFrame(rows).drop_duplicates(["model", "repeat", *keys])
     return once.pivot(index=["model", "repeat"], columns=keys, values=what)
+
+
+def speed_ups(sizes: dict[str, Any], requests: int, prompt_tokens: int) -> dict[str, pd.DataFrame]:
+    """By size, how many times faster than the published loop each contender is."""
+    return {
+        size: pd.DataFrame({name: [found["over_published"]["median"]] for name, found in case["contenders"].items()})
+        for size, cases in sizes.items() for case in cases
+        if (case["requests"], case["prompt_tokens"]) == (requests, prompt_tokens)
+    }  # fmt: skip
 
 
 def recipes(runs: list[dict[str, Any]], mode: str) -> pd.DataFrame:

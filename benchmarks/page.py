@@ -1,7 +1,7 @@
 """Writes a page of `docs/` and its plots from what the benchmarks measured.
 
     python benchmarks/page.py results          # docs/results.md, from results/paper-*.json
-    python benchmarks/page.py performance      # docs/performance.md, from results/engine-*.json
+    python benchmarks/page.py performance      # docs/performance.md, from results/engine-*.json and official.json
 
 `pages/NAME.md.j2` holds the words, the tables and the plots; every figure and verdict is computed from the results.
 """
@@ -23,21 +23,24 @@ from parablock.bench import plots
 from parablock.bench.throughput import markdown
 from parablock.evals.files import write_text
 
-PAGES = {  # the parts that a page is made of
-    "results": (
-        "paper", ("training", "sub-blocks", "block-sizes", "thresholds", "cache", "strategies", "staleness")
-    ),
-    "performance": ("engine", ("batch-one", "load", "context", "large")),
-}  # fmt: skip
+PAGES: dict[str, dict[str, Sequence[str]]] = {  # the scripts that a page is made of, with their parts if they have any
+    "results": {
+        "paper": ("training", "sub-blocks", "block-sizes", "thresholds", "cache", "strategies", "staleness"),
+    },
+    "performance": {"official": (), "engine": ("batch-one", "load", "context", "large")},
+}
 LINES = ((plots.BLUE, "o-"), (plots.ORANGE, "s--"), ("#2f855a", "^-"), (plots.GREY, "d--"))
 
 
-def measured(script: str, parts: Sequence[str]) -> dict[str, Any]:
-    """What `script` wrote for these parts."""
-    files = {part: RESULTS / f"{script}-{part}.json" for part in parts}
-    if missing := [part for part, file in files.items() if not file.exists()]:
-        raise SystemExit(f"not measured yet; run: python benchmarks/{script}.py {' '.join(missing)}")
-    return {part: json.loads(file.read_text()) for part, file in files.items()}
+def measured(scripts: dict[str, Sequence[str]]) -> dict[str, Any]:
+    """What the scripts wrote, by part, or by script where that has no parts."""
+    files = {script: {part: RESULTS / f"{script}-{part}.json" for part in parts} or {script: RESULTS / f"{script}.json"}
+             for script, parts in scripts.items()}  # fmt: skip
+    for script, of in files.items():
+        if missing := [part for part, file in of.items() if not file.exists()]:
+            named = " ".join(["", *missing]) if scripts[script] else ""
+            raise SystemExit(f"not measured yet; run: python benchmarks/{script}.py{named}")
+    return {part: json.loads(file.read_text()) for of in files.values() for part, file in of.items()}
 
 
 def render(name: str, parts: dict[str, Any], pictures: Path) -> str:
@@ -123,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", default=list(PAGES), help=f"some of {', '.join(PAGES)}")
     for name in parser.parse_args().pages:
-        print(write_text(PICTURES.parent / f"{name}.md", render(name, measured(*PAGES[name]), PICTURES)))
+        print(write_text(PICTURES.parent / f"{name}.md", render(name, measured(PAGES[name]), PICTURES)))
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def export(
 def bench(
     model: ModelArgument = "bundled",
     random_weights: Annotated[
-        str | None, typer.Option(help="Measure a shape instead: '0.5b', '1.5b', '7b', or a config.json.")
+        str | None, typer.Option(help="Measure a shape instead: '135m', '0.5b', '1.5b', '7b', or a config.json.")
     ] = None,
     ar: ArOption = None,
     prompts: Annotated[

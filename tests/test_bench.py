@@ -103,7 +103,7 @@ def test_the_command_on_a_shape(tmp_path: Path) -> None:
         (["--threshold", "2"], "use values in [0, 1]"),
         (["--concurrency", ""], "name at least one value"),
         (["--repeats", "0"], "repeats=0 is out of range"),
-        (["--random-weights", "3b"], "shape '3b' is unknown; use 0.5b, 1.5b, 7b"),
+        (["--random-weights", "3b"], "shape '3b' is unknown; use 135m, 0.5b, 1.5b, 7b"),
         (["--dtype", "int4"], "dtype 'int4' is unknown"),
         (["--prompts", "missing.txt"], "missing.txt"),
     ],
@@ -122,4 +122,4 @@ def test_shapes_are_the_published_ones() -> None:
         for name in SHAPES:
             model = random_model(name, block_size=32, dtype=None, device="meta")
             sizes[name] = sum(p.numel() for p in model.parameters()) / 1e9
-    assert sizes == pytest.approx({"0.5b": 0.494, "1.5b": 1.544, "7b": 7.616}, rel=1e-3)
+    assert sizes == pytest.approx({"135m": 0.1345, "0.5b": 0.494, "1.5b": 1.544, "7b": 7.616}, rel=1e-3)

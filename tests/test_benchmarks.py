@@ -221,9 +221,11 @@ def test_the_page_says_what_the_figures_say(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_pages_of_the_docs_are_those_of_the_results(name: str, tmp_path: Path) -> None:
-    assert render(name, measured(*PAGES[name]), tmp_path) == (DOCS / f"{name}.md").read_text()
+    assert render(name, measured(PAGES[name]), tmp_path) == (DOCS / f"{name}.md").read_text()
 
 
 def test_what_is_not_measured_is_named() -> None:
     with pytest.raises(SystemExit, match=r"run: python benchmarks/paper\.py nothing$"):
-        measured("paper", ["cache", "nothing"])
+        measured({"paper": ["cache", "nothing"]})
+    with pytest.raises(SystemExit, match=r"run: python benchmarks/nothing\.py$"):
+        measured({"paper": ["cache"], "nothing": []})

@@ -7,7 +7,13 @@ from typing import Any
 from parablock.settings import Model
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 2}
-SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5-0.5B, -1.5B and -7B
+SHAPES: dict[str, dict[str, Any]] = {  # of SmolLM2-135M, and of Qwen2.5-0.5B, -1.5B and -7B
+    "135m": {
+        "model_type": "llama", "vocab_size": 49152, "max_position_embeddings": 8192, "hidden_size": 576,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
     "0.5b": {
         **QWEN, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864,
         "tie_word_embeddings": True,
