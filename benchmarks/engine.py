@@ -5,8 +5,7 @@
 
 - batch-one: one request at a time, against the reference loop; when compiling has paid off;
 - load: 1 to 128 requests in flight, AR against block diffusion (what `parablock bench` measures);
-- context: milliseconds per step against the context, up to 8192 tokens;
-- large: a denoising step in the shape of Qwen2.5-0.5B, against a bare forward of the same matrices.
+- context: milliseconds per step against the context, up to 8192 tokens.
 
 Each part writes `benchmarks/results/engine-<part>.json`.
 """
@@ -26,7 +25,6 @@ from torch import nn
 
 import parablock as pb
 from parablock.bench.config import BenchConfig
-from parablock.bench.shapes import random_model
 from parablock.bench.throughput import Workload, measure, summarise
 from parablock.evals.word_problems import test_problems
 
@@ -151,39 +149,5 @@ def attention_slope(width: int) -> float:
     return 1e9 * (times[LENGTHS[-1]] - times[LENGTHS[1]]) / (LENGTHS[-1] - LENGTHS[1])
 
 
-@torch.inference_mode()
-def bare_forward(model: Any, tokens: int, predictions: int) -> float:
-    """Seconds of the model's matrix products alone, at the sizes of a step."""
-    head = model.get_output_embeddings()
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    runs = [(torch.randn(predictions if m is head else tokens, m.in_features, dtype=model.dtype), m) for m in layers]
-    return common.seconds(lambda: [nn.functional.linear(x, m.weight, m.bias) for x, m in runs])
-
-
-def large(problems: int, repeats: int) -> dict[str, Any]:
-    """A step of the 0.5B shape against a bare forward of the same matrices, and against one AR step."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    return {str(d).removeprefix("torch."): _large(d, repeats) for d in (torch.bfloat16, torch.float32)}
-
-
-def _large(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    model = random_model("0.5b", block_size=32, dtype=dtype, device="cpu")
-    runs = {kind: Steps(model, 128, mode, width) for kind, (mode, width) in KINDS.items()}
-    pairs = {
-        kind: lambda run=run: (run.one(), bare_forward(model, run.ran, run.predictions)) for kind, run in runs.items()
-    }
-    took = {kind: list(zip(*seen, strict=True)) for kind, seen in common.in_turns(pairs, repeats).items()}
-    for run in runs.values():
-        run.engine.close()
-    return {
-        kind: {
-            "milliseconds": common.spread([1000 * value for value in steps]),
-            "over_bare_forward": common.ratios(steps, bare),
-            "over_ar_step": common.ratios(steps, took["AR, 1 token"][0]),
-        }
-        for kind, (steps, bare) in took.items()
-    }
-
-
 if __name__ == "__main__":
-    common.measure_parts(__doc__, batch_one, load, context, large, problems=100, repeats=5)
+    common.measure_parts(__doc__, batch_one, load, context, problems=100, repeats=5)

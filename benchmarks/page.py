@@ -27,7 +27,11 @@ PAGES: dict[str, dict[str, Sequence[str]]] = {  # the scripts that a page is mad
     "results": {
         "paper": ("training", "sub-blocks", "block-sizes", "thresholds", "cache", "strategies", "staleness"),
     },
-    "performance": {"official": (), "engine": ("batch-one", "load", "context", "large")},
+    "performance": {
+        "official": (),
+        "steps": ("kinds", "shares", "answers", "memory", "threads"),
+        "engine": ("batch-one", "load", "context"),
+    },
 }
 LINES = ((plots.BLUE, "o-"), (plots.ORANGE, "s--"), ("#2f855a", "^-"), (plots.GREY, "d--"))
 

@@ -120,13 +120,13 @@ def plot_context(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None
     plot_steps(path, kinds, title)
 
 
-def plot_steps(path: Path, kinds: dict[str, dict[str, Any]], title: str) -> None:
-    """Milliseconds per step against the context (`lengths`, `milliseconds` of every kind of step)."""
+def plot_steps(path: Path, kinds: dict[str, dict[str, Any]], title: str, x: str = "tokens of context") -> None:
+    """Milliseconds per step against `x` (`lengths`, `milliseconds` of every kind of step)."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, kind in kinds.items():
         axis.plot(kind["lengths"], kind["milliseconds"], "o-", label=name)
-    axis.set(xlabel="tokens of context", ylabel="milliseconds per step", title=title)
+    axis.set(xlabel=x, ylabel="milliseconds per step", title=title)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
