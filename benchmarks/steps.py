@@ -182,26 +182,30 @@ def answers(problems: int, repeats: int) -> dict[str, Any]:
 
 
 LOADING = """
-import json, sys, psutil
+import json, sys
 import torch, transformers, parablock as pb
 from transformers import AutoModelForCausalLM
 from parablock.checkpoints.load import load
 from parablock.engine.engine import Engine
-def now(): return psutil.Process().memory_info().rss
-def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+def memory(name="RssAnon"):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1000
 open("/proc/self/clear_refs", "w").write("5")
-seen = {"before": now()}
+seen = {"before": memory()}
 model, _ = load(sys.argv[1], device="cpu", dtype=sys.argv[2], packed=sys.argv[3] == "True")
-seen |= {"most during the load": peak(), "after": now()}
+seen |= {"most during the load": memory("VmHWM"), "after": memory(), "of the file": memory("RssFile")}
 engine = Engine(model, pb.EngineConfig(max_rows=4, max_context=1024))
 engine.generate([list(range(45))] * 4, pb.DecodeConfig(mode="autoregressive", max_new_tokens=16, stop_token_ids=()))
-seen["engine open"] = now()
+seen["engine open"] = memory()
 print(json.dumps(seen))
 """
 
 
 def memory(problems: int, repeats: int) -> dict[str, Any]:
-    """Megabytes of a process: before a load, at most during it, after it, and with an engine that has answered."""
+    """Megabytes of a process: before a load, at most during it, after it, and with an engine that has answered.
+
+    At most: with the pages of the checkpoint's file that are in memory; else its own memory alone. The file's pages are
+    the system's to drop.
+    """
     report: dict[str, Any] = {}
     _, tokenizer = pb.load(device="cpu")
     for size in SIZES[1:]:
@@ -212,7 +216,7 @@ def memory(problems: int, repeats: int) -> dict[str, Any]:
                 dtype = "int8" if how == "int8" else dtype
                 command = [sys.executable, "-c", LOADING, f"{folder}/model", dtype, str(how != "plain")]
                 out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                report[size][name] = {stage: size_ / 1e6 for stage, size_ in json.loads(out.splitlines()[-1]).items()}
+                report[size][name] = json.loads(out.splitlines()[-1])
                 print(size, name, report[size][name], flush=True)
     return report
 
