@@ -23,6 +23,7 @@ from parablock.data.word_problems import read_answer
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import generate
 from parablock.evals.machine import machine
+from parablock.packed import pack
 from parablock.settings import Model, require_library
 from parablock.training.config import AdaptConfig
 from parablock.training.cost import GPUS, Cost, Shape, estimate
@@ -104,6 +105,9 @@ def _load(config: AdaptConfig, console: Console) -> tuple[Model, Any]:
                 target_modules="all-linear", task_type="CAUSAL_LM",
             ),
         )  # fmt: skip
+        # the frozen layers; in bfloat16 the derivatives would cost more than products gain, and FSDP cannot shard them
+        if dtype == torch.float32 and os.environ.get("WORLD_SIZE", "1") == "1":
+            pack(model)
     return model, tokenizer
 
 

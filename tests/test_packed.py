@@ -150,6 +150,23 @@ def test_copies_other_dtypes_and_what_is_saved(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], before[name]) for name in saved)
 
 
+def test_adapters_over_packed_weights_are_merged(model: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    _, tokenizer = pb.load("bundled")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    pb.export(adapted, tokenizer, tmp_path / "plain")
+    pb.pack(adapted)
+    adapted.train()
+    trained = {type(m) for name, m in adapted.named_modules() if name.endswith(("lora_A.default", "lora_B.default"))}
+    frozen = {type(m) for name, m in adapted.named_modules() if name.endswith("base_layer")}
+    assert (trained, frozen) == ({nn.Linear}, {PackedLinear})
+    pb.export(adapted, tokenizer, tmp_path / "packed")
+    plain, packed_ = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "packed"))
+    assert plain.keys() == packed_.keys()
+    assert all(torch.equal(plain[name], packed_[name]) for name in plain)
+
+
 def test_a_mask_token_can_be_added_to_a_packed_model(tmp_path: Path) -> None:
     from test_checkpoints import ar_checkpoint
 

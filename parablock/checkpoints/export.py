@@ -9,6 +9,7 @@ from parablock.checkpoints.load import load
 from parablock.checkpoints.look import OFFICIAL, Checkpoint
 from parablock.checkpoints.save import new_directory, require_new
 from parablock.checkpoints.standalone import CLASS, MODULE, write_code
+from parablock.packed import unpack
 from parablock.settings import Model
 
 Layout = Literal["stock", "official", "standalone"]
@@ -77,7 +78,9 @@ def _merged(model: Model) -> Model:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter of its own; load the adapter's directory with parablock.load")
     if hasattr(model, "merge_and_unload"):
-        return copy.deepcopy(model).merge_and_unload()
+        own = copy.deepcopy(model)
+        unpack(own)
+        return own.merge_and_unload()
     return model
 
 
