@@ -7,7 +7,7 @@ from parablock.checkpoints.checks import check_architecture, check_loaded, in_on
 from parablock.checkpoints.look import Checkpoint, look
 from parablock.settings import Model, require_library
 
-LARGE = 30_000_000  # parameters from which on bfloat16 is the faster dtype on a CPU that has it
+LARGE = 10_000_000  # parameters from which on bfloat16 is the faster dtype on a CPU that has it
 
 
 def load(
