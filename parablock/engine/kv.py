@@ -37,11 +37,19 @@ class KV:
     def __init__(self) -> None:
         self.layers: list[tuple[Pages, Pages]] = []
         self.share = 1  # G: heads that share one K/V head
+        self.plain = True  # no layer asks for more than the softmax of products
         self._like: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def note(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
+    def note(self, query: Tensor, key: Tensor, value: Tensor, layer: int, softcap: float | None) -> None:
         """What a layer's attention is called with: `[1, H, T, d]`, `[1, H_kv, T, d]`, `[1, H_kv, T, e]`."""
-        self.share = query.shape[1] // key.shape[1]
+        share = query.shape[1] // key.shape[1]
+        if self._like and share != self.share:
+            raise ValueError(
+                f"{self.share} heads share one K/V head in some layers and {share} in others, which the engine does "
+                "not support; decode with pb.generate"
+            )
+        self.share = share
+        self.plain &= softcap is None
         self._like[layer] = key[:, :, :1].detach(), value[:, :, :1].detach()
 
     @property
