@@ -115,6 +115,7 @@ def attend(
         k, v = (pages.in_one_piece(shape.first_page, shape.slots) for pages in (keys, values))
     else:
         k, v = (pages.gathered(group.table_nP) for pages in (keys, values))
+    k, v = k.to(query.dtype), v.to(query.dtype)
     # the G heads of a K/V head stand as more queries of it: no K/V is repeated
     if n == 1:
         q = query.reshape(1, kv_heads, -1, query.shape[3])  # [1, H_kv, G W, d]

@@ -42,7 +42,7 @@ class Runner:
         self.all_threads = torch.get_num_threads()  # here, where no step of another engine has changed it
         self.queries = 0  # tokens that all forwards ran so far, prompts included
         self.weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-        self.kv = KV()
+        self.kv = KV(config.kv_dtype)
         self.windows = layer_windows(model.config)
         self.closed = False
         self._paged = False  # attention reads the pages where they lie
@@ -194,7 +194,7 @@ class Runner:
         slots_T, views = self._inputs_on(query.device)
         groups = views[self.windows[layer] if self.windows[layer] in views else 0]
         for pages, new in ((keys, key), (values, value)):
-            pages.by_slot.index_copy_(2, slots_T, new)
+            pages.by_slot.index_copy_(2, slots_T, new.to(pages.by_slot.dtype))
         outputs = [
             attend(query if len(groups) == 1 else query[:, :, group.queries], keys, values, group, scale, softcap)
             for group in groups
