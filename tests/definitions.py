@@ -1,12 +1,14 @@
 """What each mode computes, straight from its definition: one row at a time, no cache, everything recomputed per token.
 
 Every executor must give exactly these tokens (float32). The sub-block cache of block diffusion is an approximation of
-its own (K/V of the other sub-blocks stay as they were): it is defined by the golden vectors, and off here.
+its own (K/V of the other sub-blocks stay as they were): it is defined by the golden vectors, and off here. What a mode
+shows to a layer with a sliding window, `masks_of` cuts.
 """
 
 from typing import Any
 
 import torch
+from official_layout import masks_of
 
 import parablock as pb
 from parablock.decoding.unmasking import propose, uniform
@@ -69,12 +71,12 @@ def _whole(known: list[int | None], prompt: int, end: int, config: pb.DecodeConf
 
 
 def _logits(model: Any, tokens: list[int], attends: torch.Tensor) -> torch.Tensor:
-    mask = torch.zeros(attends.shape).masked_fill(~attends, torch.finfo(torch.float32).min)
+    positions = torch.arange(len(tokens))
+    mask = masks_of(model, attends, positions)
     with torch.no_grad():
-        positions = torch.arange(len(tokens))[None]
-        logits: torch.Tensor = model(
-            torch.tensor([tokens]), attention_mask=mask[None, None], position_ids=positions
-        ).logits[0]
+        logits: torch.Tensor = model(torch.tensor([tokens]), attention_mask=mask, position_ids=positions[None]).logits[
+            0
+        ]
     return logits
 
 

@@ -27,8 +27,10 @@ GPT2 = {
     "eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WINDOW = {"sliding_window": 12}
+MIXED: dict[str, Any] = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
-# model_type: (for example, config)
+# model_type (and what else tells an example apart): (for example, config)
 WORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2, Qwen2.5, Fast-dLLM v2", {**SHAPE, "vocab_size": 640}),  # a padded embedding, as Qwen's
     "qwen3": ("Qwen3", {**HEADS, "vocab_size": 640, "tie_word_embeddings": True}),
@@ -64,14 +66,21 @@ WORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT-2 (learned positions)", GPT2),
     "gpt_bigcode": ("StarCoder 1 (learned positions)", GPT2),
     "opt": ("OPT (learned positions)", {**SHAPE, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "mistral window": ("Mistral 7B v0.1 (a sliding window in all layers)", {**SHAPE, **WINDOW}),
+    "phi3 window": ("Phi 3 (a sliding window in all layers)", {**SHAPE, **WINDOW}),
+    "starcoder2 window": ("StarCoder 2 (a sliding window in all layers)", {**SHAPE, **WINDOW}),
+    "gemma2": ("Gemma 2 (sliding windows, capped scores)", {**HEADS, **MIXED, "attn_logit_softcapping": 2.0}),
+    "gemma3_text": ("Gemma 3 (sliding windows with positions of their own)", {**HEADS, **MIXED}),
+    "olmo3": ("OLMo 3 (sliding windows)", {**SHAPE, **MIXED}),
+    "cohere2": ("Command R7B (sliding windows)", {**SHAPE, **MIXED, "logit_scale": 0.5}),
+    "exaone4": ("EXAONE 4 (sliding windows)", {**HEADS, **MIXED}),
 }  # fmt: skip
 
 # model_type: (for example, config, what the error says)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gemma2": ("Gemma 2", HEADS, "layers of type sliding_attention"),
-    "gemma3_text": ("Gemma 3", HEADS, "layers of type sliding_attention"),
-    "olmo3": ("OLMo 3", SHAPE, "layers of type sliding_attention"),
-    "mistral": ("Mistral 7B v0.1", {**SHAPE, "sliding_window": 64}, "sliding_window=64"),
+    "gemma3_text": ("EmbeddingGemma", {**HEADS, "use_bidirectional_attention": True}, "see those after them"),
+    "gpt_oss": ("gpt-oss", {**HEADS, **EXPERTS}, r"sinks \(s_aux\)"),
+    "llama4_text": ("Llama 4", {**HEADS, **EXPERTS}, "layers of type chunked_attention"),
     "mamba": ("Mamba", SHAPE, "layers of type linear_attention"),
     "bloom": ("BLOOM", {"vocab_size": TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "mask does not reach"),
     "falcon": ("Falcon", SHAPE, "mask does not reach"),
@@ -89,7 +98,8 @@ def write_ar_checkpoint(path: Path, kind: str, shape: dict[str, Any]) -> Any:
     if kind == "t5":
         model: Any = T5ForConditionalGeneration(T5Config(vocab_size=TOKENS, num_layers=1, num_heads=2, **shape))
     else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
+        config = AutoConfig.for_model(kind, **shape)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # the one that leaves nothing out
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
     tokenizer.mask_token = None
     model.save_pretrained(path)
@@ -109,7 +119,7 @@ def counting(count: int) -> list[Sample]:
 @pytest.mark.parametrize("kind", WORKS)
 def test_an_architecture_works(kind: str, tmp_path: Path) -> None:
     example, shape = WORKS[kind]
-    original = write_ar_checkpoint(tmp_path / "ar", kind, shape)
+    original = write_ar_checkpoint(tmp_path / "ar", kind.split()[0], shape)
     model, tokenizer = pb.load(tmp_path / "ar")
     prompt = list(range(11, 21))
 
@@ -164,7 +174,9 @@ def test_an_architecture_works(kind: str, tmp_path: Path) -> None:
             *tokens, *pb.generate(again, prompt[:7], decode).tokens
         ]  # fmt: skip
     rows = len(model.get_input_embeddings().weight)
-    seen[kind] = f"| `{kind}` | {example} | works | {'unused row' if rows == shape['vocab_size'] else 'new row'} |"
+    seen[kind] = (
+        f"| `{kind.split()[0]}` | {example} | works | {'unused row' if rows == shape['vocab_size'] else 'new row'} |"
+    )
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -183,8 +195,8 @@ Written by `pytest tests/test_architectures.py --write-docs`, from what the test
 the architecture loads and gets a mask token; its AR decoding equals transformers' own greedy generation; the diffusion
 loss equals the one computed from the model's own logits in the published layout; it adapts (the loss falls), saves,
 reloads bit-equal; and block decoding with the cache, in the reference loop and in the engine, equals decoding without
-any. The last column says which row of the test's embedding the mask token got: an unused one where the matrix was
-padded, else a new one.
+any. Where a sliding window is named, the answers reach beyond it. The last column says which row of the test's
+embedding the mask token got: an unused one where the matrix was padded, else a new one.
 
 | `model_type` | for example | | mask token |
 |---|---|---|---|

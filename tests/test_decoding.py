@@ -318,8 +318,8 @@ def test_bad_requests_are_named(model: Any) -> None:
         pb.generate(model, [1], replace(BASE, sub_block_size=3))
     with pytest.raises(ValueError, match="outside the vocabulary of 64"):
         pb.generate(model, [64], BASE)
-    with pytest.raises(ValueError, match="sliding_attention"):
-        pb.generate(small_model(use_sliding_window=True, sliding_window=4, max_window_layers=0), [1], BASE)
+    with pytest.raises(ValueError, match="layers of type chunked_attention"):
+        pb.generate(small_model(layer_types=["full_attention", "chunked_attention"]), [1], BASE)
     plain = small_model()
     del plain.config.mask_token_id
     with pytest.raises(ValueError, match="mode='diffusion': the checkpoint names no mask token"):

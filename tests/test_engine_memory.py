@@ -246,7 +246,7 @@ def test_kv_of_a_layer_lies_where_the_layer_runs() -> None:
     class Elsewhere(torch.nn.Module):
         def forward(self, hidden_states: torch.Tensor, runner: int, **kwargs: Any) -> Any:
             q, k, v = (torch.empty(1, heads, hidden_states.shape[1], 8, device="meta") for heads in (4, 2, 2))
-            seen.add(_runners[runner].attend(q, k, v, 1.0, layer=1).device)
+            seen.add(_runners[runner].attend(q, k, v, 1.0, None, layer=1).device)
             return torch.zeros_like(hidden_states), None
 
     split = small_model()
@@ -256,3 +256,14 @@ def test_kv_of_a_layer_lies_where_the_layer_runs() -> None:
         assert devices == [{"cpu"}, {"meta"}]
         engine.generate(ROWS[:4], replace(BASE, max_new_tokens=10))
     assert {device.type for device in seen} == {"meta"}
+
+
+def test_layers_that_share_heads_in_different_ways_are_refused() -> None:
+    other = small_model()
+    attention = other.model.layers[1].self_attn
+    attention.k_proj, attention.v_proj = torch.nn.Linear(32, 8), torch.nn.Linear(32, 8)  # one K/V head instead of two
+    attention.num_key_value_groups = 4
+    with pytest.raises(ValueError, match="2 heads share one K/V head in some layers and 4 in others"):
+        pb.Engine(other)
+    assert other.config._attn_implementation == "sdpa"
+    assert pb.generate(other, ROWS, BASE).tokens

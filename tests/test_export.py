@@ -119,7 +119,7 @@ def test_standalone_decodes_where_parablock_is_not_installed(bundled: tuple[Any,
 
 
 def test_standalone_works_for_any_architecture(tmp_path: Path) -> None:
-    write_ar_checkpoint(tmp_path / "ar", "llama", WORKS["llama"][1])
+    write_ar_checkpoint(tmp_path / "ar", "gemma2", WORKS["gemma2"][1])
     model, tokenizer = pb.load(tmp_path / "ar")
     pb.prepare(model, tokenizer, 8)
     pb.export(model, tokenizer, tmp_path / "standalone", "standalone")
@@ -128,7 +128,7 @@ def test_standalone_works_for_any_architecture(tmp_path: Path) -> None:
     arguments = {"max_new_tokens": 20, "threshold": 0.5, "sub_block_size": 4}
     name, tokens, _ = run_without_parablock(tmp_path / "standalone", ids, arguments, tmp_path)
     assert (name, tokens) == ("BlockDiffusionForCausalLM", pb.generate(model, ids, config).tokens[0])
-    with pytest.raises(ValueError, match="a llama model has no official layout"):
+    with pytest.raises(ValueError, match="a gemma2 model has no official layout"):
         pb.export(model, tokenizer, tmp_path / "official", "official")
 
 

@@ -47,14 +47,14 @@ def check_directory(path: Path) -> None:
 
 
 def check_architecture(config: Any, name: str) -> None:
-    """A decoder-only language model with full attention.
+    """A decoder-only language model whose layers see all before them or a window of it.
 
     Raises:
         ValueError: an encoder, an encoder-decoder, or layers that block diffusion cannot run.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    from parablock.diffusion.support import require_full_attention
+    from parablock.diffusion.support import require_supported_layers
 
     kind = type(config)
     # transformers loads BERT as a causal model, too, but it was not trained as one
@@ -64,7 +64,7 @@ def check_architecture(config: Any, name: str) -> None:
         )
     if config.get_text_config() is not config:
         raise ValueError(f"{name} is a {config.model_type} model of text and more; use a language model of text alone")
-    require_full_attention(config)
+    require_supported_layers(config)
 
 
 def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:

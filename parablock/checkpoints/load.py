@@ -90,11 +90,15 @@ def _load_model(checkpoint: Checkpoint, options: dict[str, Any], revision: str |
     """Config first: what is wrong is told before the weights are read."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from parablock.diffusion.support import softcapping
+
     name, target = checkpoint.name, checkpoint.target
     source: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     with in_one_line(name):
         config = AutoConfig.from_pretrained(target, **source)
     check_architecture(config, name)
+    if softcapping(config) is not None:
+        options = {**options, "attn_implementation": "eager"}  # some releases would take "sdpa", which does not cap
     with in_one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(target, **source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -3,6 +3,8 @@
 Shapes: R rows, Q the width of the widest piece, V vocabulary, m predictions.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from parablock.decoding.cache import BlockCache
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import Work
+from parablock.diffusion.support import layer_masks, layer_windows
 from parablock.settings import Model
 
 
@@ -19,6 +22,7 @@ class Dense:
     def __init__(self, model: Model, rows: int, capacity: int) -> None:
         self.model = model
         self.cache = BlockCache(rows, capacity)
+        self.windowed = any(layer_windows(model.config))
 
     def run(self, rows: Rows, work: Work) -> Tensor:
         """One forward; returns the logits `[m, V]` of the wanted predictions.
@@ -31,15 +35,17 @@ class Dense:
         position_RQ = first_R1 + np.minimum(span_Q, np.maximum(width_R1 - 1, 0))
         slot_RQ = np.where(span_Q < width_R1, position_RQ, self.cache.capacity)
         # rows that begin alike see alike, so one mask serves all; what a repeated query sees does not matter
-        seen_RQ = first_R1 + span_Q if (first_R1 == first_R1[0]).all() else position_RQ
-        limit_RQ = (seen_RQ // grain_R1 + 1) * grain_R1
+        sight_RQ = first_R1 + span_Q if (first_R1 == first_R1[0]).all() else position_RQ
+        limit_RQ = (sight_RQ // grain_R1 + 1) * grain_R1
+        visible = min(int(limit_RQ.max()), self.cache.capacity)
         asked_Q = np.zeros(len(span_Q), dtype=bool)
         asked_Q[work.query_m] = True
         if not len(work.query_m):  # the head needs something to run on
             asked_Q[0] = True
         keep, index_m = asked_Q.nonzero()[0], (asked_Q.cumsum() - 1)[work.query_m]
         ids_RQ = rows.ids_RC[np.arange(len(position_RQ))[:, None], position_RQ]
-        logits_RKV = self._forward(ids_RQ, position_RQ, slot_RQ, limit_RQ, keep)
+        self.cache.place(slot_RQ, visible, self.model.device)
+        logits_RKV = self._forward(ids_RQ, position_RQ, self._masks(sight_RQ, limit_RQ, visible), keep)
         if len(index_m) == len(logits_RKV) * len(keep):  # every row asks for all of them
             return logits_RKV.flatten(0, 1)
         row, index = torch.from_numpy(np.stack([work.row_m, index_m])).to(logits_RKV.device)
@@ -56,20 +62,13 @@ class Dense:
         first_R, width_R, grain_R = columns
         return first_R[:, None], width_R[:, None], grain_R[:, None]
 
-    def _forward(
-        self, ids_RQ: np.ndarray, position_RQ: np.ndarray, slot_RQ: np.ndarray, limit_RQ: np.ndarray, keep: np.ndarray
-    ) -> Tensor:
-        """Logits `[R, len(keep), V]`: query q of row r attends to the first `limit_RQ[r, q]` slots of the cache."""
-        model, device = self.model, self.model.device
-        visible = min(int(limit_RQ.max()), self.cache.capacity)
-        self.cache.place(slot_RQ, visible, device)
-        mask = None
-        if (limit_RQ < visible).any() or model.config._attn_implementation == "eager":
-            mask = self._mask(limit_RQ, visible)
-        logits: Tensor = model(
+    def _forward(self, ids_RQ: np.ndarray, position_RQ: np.ndarray, masks: Any, keep: np.ndarray) -> Tensor:
+        """Logits `[R, len(keep), V]`."""
+        device = self.model.device
+        logits: Tensor = self.model(
             input_ids=torch.from_numpy(ids_RQ).to(device),
             position_ids=torch.from_numpy(position_RQ).to(device),
-            attention_mask=mask,
+            attention_mask=masks,
             past_key_values=self.cache,
             use_cache=True,
             is_causal=False,  # without a mask: attend to everything the cache shows
@@ -77,16 +76,25 @@ class Dense:
         ).logits
         return logits
 
-    def _mask(self, limit_RQ: np.ndarray, visible: int) -> Tensor:
-        """`[1 or R, 1, Q, visible]`, as the model's attention reads it."""
+    def _masks(self, sight_RQ: np.ndarray, limit_RQ: np.ndarray, visible: int) -> Any:
+        """As the model takes them; None: query q of row r, at `sight_RQ[r, q]`, sees all `limit_RQ[r, q]` slots."""
+        config = self.model.config
+        if not self.windowed and (limit_RQ >= visible).all() and config._attn_implementation != "eager":
+            return None
+        return layer_masks(config, lambda window: self._mask(sight_RQ, limit_RQ, visible, window))
+
+    def _mask(self, sight_RQ: np.ndarray, limit_RQ: np.ndarray, visible: int, window: int) -> Tensor:
+        """Of the layers with this window: `[1 or R, 1, Q, visible]`, as the model's attention reads it."""
         model = self.model
-        queries = limit_RQ.shape[1]
-        if (limit_RQ == limit_RQ[0]).all():
-            limit_RQ = limit_RQ[:1]
-        if (limit_RQ == limit_RQ[:, :1]).all():
-            limit_RQ = limit_RQ[:, :1]
-        limit = torch.from_numpy(limit_RQ).to(model.device)[:, None, :, None]
-        mask = (torch.arange(visible, device=model.device) < limit).expand(-1, -1, queries, -1)
+        low_RQ = sight_RQ - window + 1 if window else np.zeros_like(limit_RQ)
+        bounds = np.stack([low_RQ, limit_RQ])
+        if (bounds == bounds[:, :1]).all():
+            bounds = bounds[:, :1]
+        if (bounds == bounds[:, :, :1]).all():
+            bounds = bounds[:, :, :1]
+        low, limit = torch.from_numpy(bounds).to(model.device)[:, :, None, :, None]
+        slots = torch.arange(visible, device=model.device)
+        mask: Tensor = ((slots >= low) & (slots < limit)).expand(-1, -1, limit_RQ.shape[1], -1)
         if model.config._attn_implementation == "eager":  # reads a bool mask as zeros and ones
             lowest = torch.finfo(model.dtype).min
             return torch.zeros(mask.shape, dtype=model.dtype, device=model.device).masked_fill_(~mask, lowest)

@@ -16,7 +16,7 @@ from parablock.decoding.dense import Dense
 from parablock.decoding.proposals import propose_tokens
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import Settled, prefill, settle
-from parablock.diffusion.support import require_full_attention, require_open_attention
+from parablock.diffusion.support import require_open_attention, require_supported_layers
 from parablock.settings import Model
 
 DEFAULT_NEW_TOKENS = 512
@@ -152,7 +152,7 @@ def as_rows(input_ids: Prompts) -> list[list[int]]:
 
 def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:
     """Fill in what the checkpoint decides, and refuse what it cannot do."""
-    require_full_attention(model.config)
+    require_supported_layers(model.config)
     require_open_attention(model)
     own = model.config
     vocabulary = model.get_input_embeddings().weight.shape[0]

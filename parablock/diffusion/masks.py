@@ -1,4 +1,4 @@
-"""Who attends to whom: the dense masks, and the block layout of a training step with its attention.
+"""Who attends to whom: the dense masks, and the block layout of a training step.
 
 Shapes: B rows, L tokens a row, D block size, N blocks a row (L = N D), U units, T = U D tokens of a step.
 
@@ -7,16 +7,14 @@ first or the second view. Every unit attends to itself, both directions, and to 
 that one sentence is the block-diffusion mask (Fast-dLLM v2, section 3.1). Units that nothing needs are left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 CLEAN, NOISY, COMPLEMENT = 0, 1, 2  # the streams
-
-BLOCK_ATTENTION = "parablock_block"  # the name under which transformers finds `block_attention`
 
 
 def block_causal_mask(length: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -53,10 +51,10 @@ class Units(Protocol):
     def positions(self) -> Tensor:
         """Position ids `[1, T]`."""
 
-    def dense_mask(self) -> Tensor:
-        """The mask `[1, 1, T, T]` (bool): the readable reference, quadratic memory."""
+    def dense_mask(self, window: int = 0) -> Tensor:
+        """The mask `[1, 1, T, T]` (bool) of a layer with such a window: the readable reference, quadratic memory."""
 
-    def flex_mask(self) -> Any:
+    def flex_mask(self, window: int = 0) -> Any:
         """The same as a flex-attention `BlockMask` (CUDA skips its empty tiles)."""
 
 
@@ -94,18 +92,15 @@ class BlockLayout:
         start = self.number * self.block_size
         return (start[:, None] + torch.arange(self.block_size, device=start.device)).view(1, -1)
 
-    def dense_mask(self) -> Tensor:
+    def dense_mask(self, window: int = 0) -> Tensor:
         """See `Units`."""
         own = torch.eye(len(self.block), dtype=torch.bool, device=self.block.device)
         before = self.number[:, None] > self.number[None, :]
         units = own | (before & (self.sample[:, None] == self.sample[None, :]) & (self.stream == CLEAN)[None, :])
-        size = self.block_size
-        return units.repeat_interleave(size, 0).repeat_interleave(size, 1)[None, None]
+        return dense_mask_of_units(units, self.positions(), window)
 
-    def flex_mask(self) -> Any:
+    def flex_mask(self, window: int = 0) -> Any:
         """See `Units`."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         size, stream, sample, number = self.block_size, self.stream, self.sample, self.number
 
         def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -113,7 +108,34 @@ class BlockLayout:
             before = (number[q_unit] > number[k_unit]) & (sample[q_unit] == sample[k_unit]) & (stream[k_unit] == CLEAN)
             return (q_unit == k_unit) | before
 
-        return create_block_mask(attends, None, None, self.tokens, self.tokens, device=number.device)
+        return flex_mask_of_tokens(attends, self.positions(), window)
+
+
+def dense_mask_of_units(units: Tensor, positions: Tensor, window: int) -> Tensor:
+    """`[1, 1, T, T]` (bool): tokens at `positions [1, T]` see those of the units that theirs attends to (`[U, U]`)."""
+    size = positions.shape[1] // len(units)
+    tokens = units.repeat_interleave(size, 0).repeat_interleave(size, 1)[None, None]
+    return tokens & near(positions, positions, window)[:, None] if window else tokens
+
+
+def near(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Which positions `keys [..., K]` a window lets those of `queries [..., Q]` see: `[..., Q, K]` (bool)."""
+    seen: Tensor = queries[..., :, None] - keys[..., None, :] < window
+    return seen
+
+
+def flex_mask_of_tokens(attends: Callable[..., Tensor], positions: Tensor, window: int) -> Any:
+    """The `BlockMask` of a rule over token indices `(batch, head, query, key)`, and of a window over `positions`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    (position,), tokens = positions, positions.shape[1]
+
+    def in_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen: Tensor = attends(b, h, q, k) & (position[q] - position[k] < window)
+        return seen
+
+    rule = in_window if window else attends
+    return create_block_mask(rule, None, None, tokens, tokens, device=positions.device)
 
 
 def block_layout(first: Tensor, second: Tensor, block_size: int, samples: Tensor | None = None) -> BlockLayout:
@@ -160,71 +182,3 @@ def sample_bounds(samples: Tensor) -> tuple[Tensor, Tensor]:
     last[:, :-1] = changes[:, 1:]
     end = torch.where(last, index, samples.shape[1]).flip(-1).cummin(-1).values.flip(-1)
     return start, end
-
-
-def block_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    block_layout: Units | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention by structure: no mask, no wasted product. An attention function in transformers' interface.
-
-    `query [1, H, T, d]`, `key [1, H_kv, T, d]`, `value [1, H_kv, T, e]` -> `[1, T, H, e]`. Units of one block number
-    attend together to their clean prefixes and to themselves. Plain products, a softmax between: on CPUs the backward
-    of `scaled_dot_product_attention` was the larger half of a small model's training step.
-    """
-    if block_layout is None:
-        raise ValueError(f"{type(module).__name__} was not handed the block_layout; use attention='dense'")
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} attends with {name}, which block diffusion does not support")
-    arguments = query, key, value, block_layout, scaling, dropout if module.training else 0.0
-    if not torch.is_grad_enabled():
-        return _attend_units(*arguments), None
-    # the weights of every layer would fill the memory; making them again costs little
-    return checkpoint(_attend_units, *arguments, use_reentrant=False), None
-
-
-def _attend_units(
-    query: Tensor, key: Tensor, value: Tensor, layout: Units, scaling: float | None, dropout: float
-) -> Tensor:
-    size, heads, kv_heads, width = layout.block_size, query.shape[1], key.shape[1], query.shape[-1]
-    units, share = query.shape[2] // size, heads // kv_heads
-    scale = width**-0.5 if scaling is None else scaling
-    # units first: q [U, H_kv, share * D, d], k and v [U, H_kv, D, d]
-    q = (query * scale).view(kv_heads, share, units, size, width).permute(2, 0, 1, 3, 4)
-    q = q.reshape(units, kv_heads, share * size, width)
-    k = key.view(kv_heads, units, size, width).transpose(0, 1).contiguous()
-    v = value.view(kv_heads, units, size, value.shape[-1]).transpose(0, 1).contiguous()
-    out = []
-    for start, end, before in layout.groups:
-        own_k, own_v = k[start:end], v[start:end]
-        if before.shape[1]:
-            count, blocks = before.shape
-            index = before.flatten()
-
-            def prefix(x: Tensor, index: Tensor = index, count: int = count, blocks: int = blocks) -> Tensor:
-                x = x.index_select(0, index).view(count, blocks, kv_heads, size, -1)
-                return x.transpose(1, 2).reshape(count, kv_heads, blocks * size, -1)
-
-            own_k, own_v = torch.cat([prefix(k), own_k], 2), torch.cat([prefix(v), own_v], 2)
-        weights = torch.softmax(q[start:end] @ own_k.mT, dim=-1, dtype=torch.float32).to(own_v.dtype)
-        if dropout:
-            weights = nn.functional.dropout(weights, dropout)
-        out.append(weights @ own_v)
-    result = torch.cat(out).view(units, kv_heads, share, size, -1).permute(0, 3, 1, 2, 4)
-    return result.reshape(1, units * size, heads, -1)
-
-
-def register_block_attention() -> str:
-    """Make `block_attention` known to transformers; returns the name to select it by."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(BLOCK_ATTENTION, cast(Any, block_attention))
-    return BLOCK_ATTENTION

@@ -6,7 +6,7 @@ stream, blocks that equal their clean copy and clean blocks that nobody reads ar
 positions only, in chunks. The loss is the same number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from parablock.diffusion.attention import register_block_attention
 from parablock.diffusion.config import FirstTokenContext
-from parablock.diffusion.masks import CLEAN, BlockLayout, Units, block_layout, register_block_attention, sample_bounds
+from parablock.diffusion.masks import CLEAN, BlockLayout, Units, block_layout, near, sample_bounds
 from parablock.diffusion.noise import complementary_views
 from parablock.diffusion.support import attention as using_attention
-from parablock.diffusion.support import require_full_attention
+from parablock.diffusion.support import layer_masks, layer_windows, require_supported_layers
 from parablock.settings import Model
 
 Attention = Literal["block", "flex", "dense"]
@@ -66,7 +67,7 @@ def diffusion_loss(
         A scalar, float32: the mean cross-entropy in nats.
 
     Raises:
-        ValueError: shapes that do not fit, or a model whose layers are not all full attention.
+        ValueError: shapes that do not fit, or a model with layers that block diffusion cannot run.
     """
     _check(model, input_ids, labels, noise_mask, block_size, mask_token_id)
     first, second = complementary_views(noise_mask, labels)
@@ -94,7 +95,7 @@ def autoregressive_loss(
     Arguments as of `diffusion_loss`; samples that share a row are isolated in the same way. Rows are padded on the
     right. Returns a scalar, float32: the mean cross-entropy in nats.
     """
-    require_full_attention(model.config)
+    require_supported_layers(model.config)
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     learned = labels != -100
     learned[:, 0] = False
@@ -102,7 +103,11 @@ def autoregressive_loss(
         index = torch.arange(input_ids.shape[1], device=input_ids.device)
         start = sample_bounds(samples)[0].repeat_interleave(block_size, 1) * block_size
         own = (start[:, :, None] == start[:, None, :]) & (index[:, None] >= index[None, :])
-        inputs["attention_mask"] = _additive(own[:, None], model.dtype)
+
+        def seen(window: int) -> Tensor:
+            return (own & near(index, index, window or len(index)))[:, None]
+
+        inputs["attention_mask"] = _additive(model, seen)
         inputs["position_ids"] = index - start
         learned &= index > start
     hidden = model.get_decoder()(**inputs).last_hidden_state
@@ -111,15 +116,20 @@ def autoregressive_loss(
     return total / (position.numel() if num_items is None else num_items)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask (True: attend) as one that every attention of transformers reads ("eager" misreads a bool one)."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+def _additive(model: Model, seen: Callable[[int], Tensor]) -> Any:
+    """The bool masks `seen(window)` as every attention of transformers reads them ("eager" misreads bool ones)."""
+
+    def mask(window: int) -> Tensor:
+        hidden, dtype = ~seen(window), model.dtype
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
+
+    return layer_masks(model.config, mask)
 
 
 def _check(
     model: Model, input_ids: Tensor, labels: Tensor, noise_mask: Tensor, block_size: int, mask_token_id: int
 ) -> None:
-    require_full_attention(model.config)
+    require_supported_layers(model.config)
     if not input_ids.shape == labels.shape == noise_mask.shape or input_ids.ndim != 2:
         shapes = [tuple(x.shape) for x in (input_ids, labels, noise_mask)]
         raise ValueError(f"input_ids, labels and noise_mask must share one shape [B, L], got {shapes}")
@@ -144,12 +154,12 @@ def hidden_states(model: Model, ids: Tensor, layout: Units, attention: Attention
     decoder = model.get_decoder()
     if attention == "block":
         with using_attention(model, register_block_attention()):
-            output = decoder(**inputs, block_layout=layout)
+            output = decoder(**inputs, block_layout=layout, windows=layer_windows(model.config))
     elif attention == "flex":
         with using_attention(model, "flex_attention"):
-            output = decoder(**inputs, attention_mask=layout.flex_mask())
+            output = decoder(**inputs, attention_mask=layer_masks(model.config, layout.flex_mask))
     else:
-        output = decoder(**inputs, attention_mask=_additive(layout.dense_mask(), model.dtype))
+        output = decoder(**inputs, attention_mask=_additive(model, layout.dense_mask))
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 

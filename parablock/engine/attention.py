@@ -11,13 +11,17 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
+from parablock.diffusion.attention import plain_attention
+
 ENGINE_ATTENTION = "parablock_engine"
 
 
 class Attends(Protocol):
     """A runner, as the operator sees it."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, layer: int
+    ) -> Tensor:
         """See `Runner.attend`."""
 
 
@@ -25,15 +29,21 @@ _runners: WeakValueDictionary[int, Attends] = WeakValueDictionary()  # an operat
 # how many engines a model serves, and the attention it had before
 _lent: "WeakKeyDictionary[Any, tuple[int, str]]" = WeakKeyDictionary()
 _library: Any = torch.library.Library("parablock", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("attend(Tensor query, Tensor key, Tensor value, float scale, int layer, Tensor runner) -> Tensor")
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor value, float scale, float? softcap, int layer, Tensor runner) -> Tensor"
+)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, runner: Tensor) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, layer: int, runner: Tensor
+) -> Tensor:
     """`query [1, H, T, d]`, `key [1, H_kv, T, d]`, `value [1, H_kv, T, e]` -> `[1, T, H, e]`."""
-    return _runners[int(runner)].attend(query, key, value, scale, layer)
+    return _runners[int(runner)].attend(query, key, value, scale, softcap, layer)
 
 
-def _shape_alone(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int, runner: Tensor) -> Tensor:
+def _shape_alone(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, layer: int, runner: Tensor
+) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -48,20 +58,28 @@ def engine_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     runner: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """In transformers' interface. A call that does not come from an engine gets torch's attention, as by "sdpa"."""
-    if runner is None:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if runner is not None:
+        if kwargs.get("s_aux") is not None:
+            raise ValueError(f"{type(module).__name__} attends with s_aux, which the engine does not support")
+        return torch.ops.parablock.attend(query, key, value, scale, softcap, module.layer_idx, runner), None
+    if softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} attends with {name}, which the engine does not support")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return torch.ops.parablock.attend(query, key, value, scale, module.layer_idx, runner), None
+    seen = attention_mask
+    if seen is None and query.shape[2] > 1 and kwargs.get("is_causal", module.is_causal):
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    elif seen is not None and seen.dtype != torch.bool:
+        seen = seen == 0
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    return plain_attention(query * scale, key, value, seen, softcap).transpose(1, 2).contiguous(), None
 
 
 def _register_engine_attention() -> str:

@@ -1,8 +1,11 @@
 """What a user can set about the engine."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from parablock.settings import require_at_least, setting
+from parablock.settings import require, require_at_least, setting
+
+KVDtype = Literal["bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,11 @@ class EngineConfig:
         None,
         help="Tokens that the K/V memory holds, prompts and answers. Default: what max_rows requests of full context "
         "need, or less, so that it fits a quarter of the free memory (three quarters on CUDA).",
+    )
+    kv_dtype: KVDtype | None = setting(
+        None,
+        help="The dtype that K/V are kept in: half the memory under float32 weights, for slightly different answers. "
+        "Default: the model's own.",
     )
     max_context: int | None = setting(None, help="The longest prompt with its answer. Default: the model's own.")
     block_size: int | None = setting(None, help="Tokens decoded together. Default: the checkpoint's own.")
@@ -39,6 +47,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        require(self.kv_dtype in (None, "bfloat16"), "kv_dtype", self.kv_dtype, "use 'bfloat16', or leave it out")
         require_at_least(self, 0, "max_queue")
         require_at_least(
             self, 1, "max_rows", "kv_tokens", "max_context", "block_size", "prefill_chunk", "threads"

@@ -32,17 +32,30 @@ class Pages:
 
 
 class KV:
-    """K and V of every layer. A forward without memory tells what it needs (`note`), then it is allocated."""
+    """K and V of every layer, as `dtype` or as the model makes them.
 
-    def __init__(self) -> None:
+    A forward without memory tells what it needs (`note`), then it is allocated.
+    """
+
+    def __init__(self, dtype: str | None = None) -> None:
         self.layers: list[tuple[Pages, Pages]] = []
         self.share = 1  # G: heads that share one K/V head
+        self.plain = True  # no layer asks for more than the softmax of products with K and V as it made them
+        self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._like: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def note(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
+    def note(self, query: Tensor, key: Tensor, value: Tensor, layer: int, softcap: float | None) -> None:
         """What a layer's attention is called with: `[1, H, T, d]`, `[1, H_kv, T, d]`, `[1, H_kv, T, e]`."""
-        self.share = query.shape[1] // key.shape[1]
-        self._like[layer] = key[:, :, :1].detach(), value[:, :, :1].detach()
+        share = query.shape[1] // key.shape[1]
+        if self._like and share != self.share:
+            raise ValueError(
+                f"{self.share} heads share one K/V head in some layers and {share} in others, which the engine does "
+                "not support; decode with pb.generate"
+            )
+        self.share = share
+        dtype = self._dtype or key.dtype
+        self.plain &= softcap is None and dtype == key.dtype
+        self._like[layer] = key[:, :, :1].detach().to(dtype), value[:, :, :1].detach().to(dtype)
 
     @property
     def bytes_per_token(self) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from parablock.decoding.config import DecodeConfig
+from parablock.diffusion.masks import dense_mask_of_units, flex_mask_of_tokens
 from parablock.diffusion.objective import MAX_LOGITS, head_logits, hidden_states
 from parablock.settings import Model
 
@@ -47,22 +48,19 @@ class UnitTree:
         start = self.number * self.block_size
         return (start[:, None] + torch.arange(self.block_size, device=start.device)).view(1, -1)
 
-    def dense_mask(self) -> Tensor:
+    def dense_mask(self, window: int = 0) -> Tensor:
         """See `masks.Units`."""
-        units = self.path | torch.eye(len(self.number), dtype=torch.bool, device=self.path.device)
-        return units.repeat_interleave(self.block_size, 0).repeat_interleave(self.block_size, 1)[None, None]
+        own = torch.eye(len(self.number), dtype=torch.bool, device=self.path.device)
+        return dense_mask_of_units(self.path | own, self.positions(), window)
 
-    def flex_mask(self) -> Any:
+    def flex_mask(self, window: int = 0) -> Any:
         """See `masks.Units`."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         size, path = self.block_size, self.path
 
         def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (q // size == k // size) | path[q // size, k // size]
 
-        tokens = self.ids.shape[1]
-        return create_block_mask(attends, None, None, tokens, tokens, device=path.device)
+        return flex_mask_of_tokens(attends, self.positions(), window)
 
 
 class _Blocks:

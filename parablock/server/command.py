@@ -28,8 +28,8 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None, dtype
     with _listen(config) as listening:
         address, port = listening.getsockname()[:2]
         warn_if_open(address, key)
-        engine = EngineConfig(max_rows=config.max_rows, max_queue=config.max_queue, compile=config.compile)
-        served = load_models(names, engine, dtype)
+        shared = {name: getattr(config, name) for name in ("max_rows", "max_queue", "kv_dtype", "compile")}
+        served = load_models(names, EngineConfig(**shared), dtype)
         try:
             app = create_app(served, config, key)
             state: State = app.state.server

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from parablock.settings import require, require_at_least, setting
+from parablock.engine.config import EngineConfig, KVDtype
+from parablock.settings import help_of, require, require_at_least, setting
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class ServeConfig:
         None, help="Web pages of this origin may ask (repeatable). Default: none."
     )
     drain: float = setting(60.0, help="Seconds that running requests get after SIGTERM.")
+    kv_dtype: KVDtype | None = setting(None, help=help_of(EngineConfig, "kv_dtype"))
     compile: bool = setting(False, help="torch.compile: slower start, faster steps.")
 
     def __post_init__(self) -> None:
