@@ -244,9 +244,9 @@ def test_kv_of_a_layer_lies_where_the_layer_runs() -> None:
     seen: set[torch.device] = set()
 
     class Elsewhere(torch.nn.Module):
-        def forward(self, hidden_states: torch.Tensor, runner: int, **kwargs: Any) -> Any:
+        def forward(self, hidden_states: torch.Tensor, runner: torch.Tensor, **kwargs: Any) -> Any:
             q, k, v = (torch.empty(1, heads, hidden_states.shape[1], 8, device="meta") for heads in (4, 2, 2))
-            seen.add(_runners[runner].attend(q, k, v, 1.0, None, layer=1).device)
+            seen.add(_runners[int(runner)].attend(q, k, v, 1.0, None, layer=1).device)
             return torch.zeros_like(hidden_states), None
 
     split = small_model()

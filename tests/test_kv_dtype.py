@@ -44,7 +44,7 @@ def test_known_beginnings_and_pages_that_are_given_back(model: Any, mode: Any) -
 
 
 def test_answers_are_nearly_those_of_whole_kv() -> None:
-    model, tokenizer = pb.load("bundled")
+    model, tokenizer = pb.load("bundled", dtype="float32")
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": p.question}]) for p in problems(3, 20)]
     answers = []
     for size in (pb.EngineConfig(), HALF):
@@ -56,7 +56,7 @@ def test_answers_are_nearly_those_of_whole_kv() -> None:
 def test_a_server_hands_it_to_its_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 
-    def load_models(names: Any, config: pb.EngineConfig) -> Any:
+    def load_models(names: Any, config: pb.EngineConfig, dtype: Any) -> Any:
         given.append(config)
         raise ValueError("enough")
 
