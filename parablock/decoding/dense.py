@@ -23,6 +23,7 @@ class Dense:
         self.model = model
         self.cache = BlockCache(rows, capacity)
         self.windowed = any(layer_windows(model.config))
+        self.last_device = last_device(model)
 
     def run(self, rows: Rows, work: Work) -> Tensor:
         """One forward; returns the logits `[m, V]` of the wanted predictions.
@@ -48,7 +49,7 @@ class Dense:
         logits_RKV = self._forward(ids_RQ, position_RQ, self._masks(sight_RQ, limit_RQ, visible), keep)
         if len(index_m) == len(logits_RKV) * len(keep):  # every row asks for all of them
             return logits_RKV.flatten(0, 1)
-        row, index = torch.from_numpy(np.stack([work.row_m, index_m])).to(logits_RKV.device)
+        row, index = torch.from_numpy(np.stack([work.row_m, index_m])).to(logits_RKV.device, non_blocking=True)
         return logits_RKV[row, index]
 
     def _columns(self, work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,7 +73,8 @@ class Dense:
             past_key_values=self.cache,
             use_cache=True,
             is_causal=False,  # without a mask: attend to everything the cache shows
-            logits_to_keep=0 if len(keep) == ids_RQ.shape[1] else torch.from_numpy(keep).to(device),  # 0: all
+            # 0: all
+            logits_to_keep=0 if len(keep) == ids_RQ.shape[1] else torch.from_numpy(keep).to(self.last_device),
         ).logits
         return logits
 
@@ -99,3 +101,10 @@ class Dense:
             lowest = torch.finfo(model.dtype).min
             return torch.zeros(mask.shape, dtype=model.dtype, device=model.device).masked_fill_(~mask, lowest)
         return mask
+
+
+def last_device(model: Model) -> torch.device:
+    """Where the decoder ends if its layers are spread over devices: what picks states for the head must lie there."""
+    *_, last = model.get_decoder().parameters()
+    device: torch.device = model.device if last.device.type == "meta" else last.device  # meta: offloaded, runs there
+    return device

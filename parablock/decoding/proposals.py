@@ -25,7 +25,7 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
             logits_MV[:, int(mask_token_M[0])] = -torch.inf
     else:
         has = (mask_token_M >= 0).nonzero()[0]
-        where = torch.from_numpy(np.stack([has, mask_token_M[has]])).to(device)
+        where = _sent(np.stack([has, mask_token_M[has]]), device)
         logits_MV[where[0], where[1]] = -torch.inf
     sampled = (settings_M["temperature"] > 0).nonzero()[0]
     if len(sampled) < len(row_M):
@@ -36,7 +36,7 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
         if len(sampled) == len(row_M):
             tokens, confidence = drawn
         else:
-            index = torch.from_numpy(sampled).to(device)
+            index = _sent(sampled, device)
             tokens[index], confidence[index] = drawn
     if device.type == "cpu":
         return tokens.numpy(), confidence.numpy()
@@ -51,8 +51,8 @@ def _sample(
     device = logits_MV.device
     top_k_m = settings_m["top_k"]
     whole = np.stack([settings_m["seed"], settings_m["sample"], target_m, draw_m, top_k_m, which_m])
-    seed, sample, target, draw, top_k, which = torch.from_numpy(whole).to(device)
-    temperature, top_p = torch.from_numpy(np.stack([settings_m["temperature"], settings_m["top_p"]])).to(device)
+    seed, sample, target, draw, top_k, which = _sent(whole, device)
+    temperature, top_p = _sent(np.stack([settings_m["temperature"], settings_m["top_p"]]), device)
     return propose(
         logits_MV[which],
         uniform(seed, sample, target, draw),
@@ -60,3 +60,8 @@ def _sample(
         top_p=top_p[:, None],
         top_k=top_k[:, None] if (top_k_m < logits_MV.shape[-1]).any() else None,
     )
+
+
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, without waiting for the forward that runs there."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)

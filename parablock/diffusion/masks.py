@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from parablock.diffusion.flex import block_mask
+
 CLEAN, NOISY, COMPLEMENT = 0, 1, 2  # the streams
 
 
@@ -126,16 +128,13 @@ def near(queries: Tensor, keys: Tensor, window: int) -> Tensor:
 
 def flex_mask_of_tokens(attends: Callable[..., Tensor], positions: Tensor, window: int) -> Any:
     """The `BlockMask` of a rule over token indices `(batch, head, query, key)`, and of a window over `positions`."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    (position,), tokens = positions, positions.shape[1]
+    (position,) = positions
 
     def in_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen: Tensor = attends(b, h, q, k) & (position[q] - position[k] < window)
         return seen
 
-    rule = in_window if window else attends
-    return create_block_mask(rule, None, None, tokens, tokens, device=positions.device)
+    return block_mask(in_window if window else attends, len(position), position.device)
 
 
 def block_layout(first: Tensor, second: Tensor, block_size: int, samples: Tensor | None = None) -> BlockLayout:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parablock.diffusion.attention import register_block_attention
 from parablock.diffusion.config import FirstTokenContext
+from parablock.diffusion.flex import register_flex_attention
 from parablock.diffusion.masks import CLEAN, BlockLayout, Units, block_layout, near, sample_bounds
 from parablock.diffusion.noise import complementary_views
 from parablock.diffusion.support import attention as using_attention
@@ -156,7 +157,7 @@ def hidden_states(model: Model, ids: Tensor, layout: Units, attention: Attention
         with using_attention(model, register_block_attention()):
             output = decoder(**inputs, block_layout=layout, windows=layer_windows(model.config))
     elif attention == "flex":
-        with using_attention(model, "flex_attention"):
+        with using_attention(model, register_flex_attention()):
             output = decoder(**inputs, attention_mask=layer_masks(model.config, layout.flex_mask))
     else:
         output = decoder(**inputs, attention_mask=_additive(model, layout.dense_mask))

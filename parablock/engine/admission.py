@@ -1,5 +1,6 @@
 """What a request needs before it may run: settings the model can serve, and not more tokens than the memory holds."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -44,17 +45,23 @@ def resolve_request(model: Model, request: Request, block_size: int, max_context
     return config
 
 
-def kv_pages(
-    config: EngineConfig, pages_per_row: int, block_size: int, bytes_per_token: int, device: torch.device
-) -> int:
-    """How many pages the K/V memory gets (see `EngineConfig.kv_tokens`)."""
+def kv_pages(config: EngineConfig, pages_per_row: int, block_size: int, bytes_on: Mapping[torch.device, int]) -> int:
+    """How many pages the K/V memory gets (see `EngineConfig.kv_tokens`).
+
+    `bytes_on`: what a token takes on every device where layers run; the device with the least room for it decides.
+    """
     if config.kv_tokens is not None:
         return max(1, config.kv_tokens // block_size)
+    room = min(_room(device) // (bytes_per_token * block_size) for device, bytes_per_token in bytes_on.items())
+    return max(1, min(pages_per_row * config.max_rows, room))
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that K/V may take on a device."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         import psutil
 
         free = psutil.virtual_memory().available
-    share = SHARE_OF_FREE_MEMORY.get(device.type, 0.25)
-    return max(1, min(pages_per_row * config.max_rows, int(free * share) // (bytes_per_token * block_size)))
+    return int(free * SHARE_OF_FREE_MEMORY.get(device.type, 0.25))

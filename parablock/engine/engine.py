@@ -51,15 +51,18 @@ class Engine:
         context = model.config.max_position_embeddings
         if self.config.max_context is not None and self.config.max_context > context:
             raise ValueError(f"max_context={self.config.max_context} exceeds the model's context of {context} tokens")
-        if self.config.cuda_graphs and torch.device(model.device).type != "cuda":
+        devices = {p.device for p in model.parameters()}
+        if self.config.cuda_graphs and {device.type for device in devices} != {"cuda"}:
             raise ValueError(f"cuda_graphs=True needs a CUDA device, and the model is on {model.device}")
+        if self.config.cuda_graphs and len(devices) > 1:
+            raise ValueError(f"cuda_graphs=True needs a model on one device, and it is spread over {len(devices)}")
         resolve(model, [[0]], DecodeConfig(mode="autoregressive", max_new_tokens=1))  # can it be run at all?
         self.model = model
         self.max_context = self.config.max_context or context
         self.runner = Runner(model, self.block_size, self.config)
         try:
-            pages_per_row, per_token = -(-self.max_context // self.block_size), self.runner.kv.bytes_per_token
-            pages = kv_pages(self.config, pages_per_row, self.block_size, per_token, self.runner.device)
+            pages_per_row = -(-self.max_context // self.block_size)
+            pages = kv_pages(self.config, pages_per_row, self.block_size, self.runner.kv.bytes_on)
             self.runner.allocate(pages)
             self.batch = Batch(self.runner, self.config, pages, pages_per_row)
         except BaseException:

@@ -98,8 +98,10 @@ def inputs_of(
         if shape.lows:
             seen = seen & (slots >= low_nW[..., None])
         mask = (seen.repeat(1, share, 1) if seen.shape[1] > 1 else seen)[:, None]
-    queries = slice(first_query, first_query + n * W)
-    return GroupInputs(shape, queries, table_nP, limit_nW[:, 0] if paged else None, mask)
+    queries, limit_n = slice(first_query, first_query + n * W), None
+    if paged:  # as its kernels want them
+        table_nP, limit_n = table_nP.int(), limit_nW[:, 0].int()
+    return GroupInputs(shape, queries, table_nP, limit_n, mask)
 
 
 def attend(

@@ -60,7 +60,15 @@ class KV:
     @property
     def bytes_per_token(self) -> int:
         """Memory of one token, all layers."""
-        return sum(x.nbytes for pair in self._like.values() for x in pair)
+        return sum(self.bytes_on.values())
+
+    @property
+    def bytes_on(self) -> dict[torch.device, int]:
+        """Memory of one token on every device where layers run."""
+        total: dict[torch.device, int] = {}
+        for x in (x for pair in self._like.values() for x in pair):
+            total[x.device] = total.get(x.device, 0) + x.nbytes
+        return total
 
     def allocate(self, pages: int, block_size: int) -> None:
         """Make the memory: `pages` pages and page 0, which belongs to nobody."""

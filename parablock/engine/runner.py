@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parablock.decoding.dense import last_device
 from parablock.decoding.proposals import propose_tokens
 from parablock.decoding.rows import Rows
 from parablock.diffusion.support import layer_windows
@@ -37,6 +38,7 @@ class Runner:
         self.model = model
         self.block_size = block_size
         self.device = torch.device(model.device)
+        self.last_device = last_device(model)
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu")
         self.threads = config.threads
@@ -59,7 +61,7 @@ class Runner:
         try:
             with torch.inference_mode():
                 probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-                self._call_model(probe, probe, probe[0])  # `attend` notes the shapes of K and V
+                self._call_model(probe, probe, probe[0].to(self.last_device))  # `attend` notes the shapes of K and V
         except BaseException:
             self.close()
             raise
@@ -105,7 +107,7 @@ class Runner:
             with torch.inference_mode():
                 packed, sizes, views = self._pack(rows, table_RP, plan)
                 if self._graphs is None:
-                    logits = self._compute(packed.to(self.device), sizes, views)
+                    logits = self._compute(packed.to(self.device, non_blocking=True), sizes, views)
                 else:
                     logits = self._graphs.run((tuple(sizes), views), packed, lambda x: self._compute(x, sizes, views))
                 return propose_tokens(logits[: len(plan.source_M)], rows, plan.works)
@@ -150,7 +152,7 @@ class Runner:
         self._inputs_on(packed.device)
         if not len(wanted_M):  # the head needs something to run on
             wanted_M = positions_T[:1] * 0
-        logits: Tensor = self._forward(ids_T[None], positions_T[None], wanted_M)[0]
+        logits: Tensor = self._forward(ids_T[None], positions_T[None], wanted_M.to(self.last_device))[0]
         return logits
 
     def _inputs_on(self, device: torch.device) -> tuple[Tensor, dict[int, list[GroupInputs]]]:

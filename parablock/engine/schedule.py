@@ -91,7 +91,7 @@ def _group(rows: Rows, works: list[Work], powers_of_two: bool) -> Plan:
             members_n, first, grain = (
                 np.pad(members_n, (0, more), constant_values=spare),
                 np.pad(first, (0, more)),
-                np.pad(grain, (0, more), constant_values=1),
+                np.pad(grain, (0, more), constant_values=rows.block_size),
             )
         groups.append(Group(members_n, first, grain, width, pages))
         base += width * len(members_n)

@@ -11,8 +11,10 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": _processor(),
+        **gpu,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": sys.version.split()[0],

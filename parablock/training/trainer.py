@@ -169,7 +169,7 @@ def _checkpointed_attention(model: Model) -> Attention:
     # the name of transformers before 5.2x, where only one of the two exists
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": passes})
-    if model.device.type != "cuda":
+    if not torch.cuda.is_available():  # where the Trainer will move the model, wherever it is now
         return "block"
     return "flex" if model._supports_flex_attn else "dense"
 
@@ -202,7 +202,7 @@ def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments
             f"batch_size={config.batch_size} cannot be shared out over {processes} processes with "
             f"micro_batch_size={config.micro_batch_size}; use a multiple of {rows}"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch_size,
@@ -229,3 +229,7 @@ def _arguments(config: TrainConfig, output_dir: str | Path) -> TrainingArguments
         fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} if config.fsdp else None,
         disable_tqdm=True,
     )
+    # on a machine with several GPUs the Trainer of a single process would share rows out to copies of the model, whose
+    # forward is still the loss of the first (nn.DataParallel); torchrun starts a process for each GPU
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
