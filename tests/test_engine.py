@@ -140,7 +140,7 @@ def test_shapes_rounded_to_powers_of_two_change_nothing(model: Any, mode: Any) -
 
 def plain_varlen_attn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: None, max_q: int,
-    max_k: int, *, scale: float, enable_gqa: bool, seqused_k: torch.Tensor, block_table: torch.Tensor,
+    max_k: int, *, scale: float, enable_gqa: bool, seqused_k: torch.Tensor, block_table: torch.Tensor, num_splits: int,
 ) -> torch.Tensor:  # fmt: skip
     """What torch documents of `varlen_attn` with a block table, row by row, for any device."""
     assert enable_gqa == (query.shape[1] != key.shape[2])

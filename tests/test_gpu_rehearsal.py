@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import BASE, ENDLESS, MODES, D, empty, prompt
 from stand_in_cuda import FIRST, SECOND, StandIn, moved, spread, turned_on
+from test_windows import capped, windowed
 from torch import Tensor
 
 import parablock as pb
@@ -62,14 +63,14 @@ def varlen_attn(
 def over_pages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """`varlen_attn` in torch's place. The widths that attended, and whether over the pages where they lie."""
     seen: list[tuple[int, bool]] = []
-    attend = runner._attend
+    attend = runner.attend
 
-    def watched(query: Tensor, keys: Any, values: Any, group: Any, scale: float) -> Tensor:
+    def watched(query: Tensor, keys: Any, values: Any, group: Any, *more: Any) -> Tensor:
         seen.append((group.shape.width, group.limit_n is not None))
-        return attend(query, keys, values, group, scale)
+        return attend(query, keys, values, group, *more)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    monkeypatch.setattr(runner, "_attend", watched)
+    monkeypatch.setattr(runner, "attend", watched)
     return seen
 
 
@@ -133,6 +134,23 @@ def test_captured_graphs(model: Any, there: Any, stand_in: StandIn, mode: Any) -
         assert sum(graph.replays for graph in stand_in.graphs) == engine.steps
         assert empty(engine)
     assert len(engine.runner._graphs or ()) == 0
+
+
+@pytest.mark.parametrize("make", [lambda: windowed(13), capped, lambda: windowed(3, full_layers=0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_with_windows(stand_in: StandIn, make: Any, mode: Any) -> None:
+    """What a window hides is worked out on the host, and belongs to the key of a graph."""
+    model = make()
+    there, config = moved(model), replace(BASE, mode=mode, max_new_tokens=10, temperature=0.8)
+    expected = pb.generate(model, FEW, config).tokens
+    assert pb.generate(there, FEW, config).tokens == expected
+    for settings in (GRAPHS, replace(GRAPHS, cuda_graphs=False)):
+        with pb.Engine(there, settings) as engine:
+            for _ in range(2):
+                stand_in.waits.clear()
+                before = engine.steps
+                assert engine.generate(FEW, config).tokens == expected
+                assert stand_in.waits.count("to the host") == engine.steps - before
 
 
 def test_graphs_and_pages_of_little_room(

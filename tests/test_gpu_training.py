@@ -146,12 +146,11 @@ def test_where_a_checkpoint_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     pb.load()
-    pb.load(device="cpu")
     pb.load(device="cuda:1", dtype=torch.float16)
     pb.load(device_map="auto")
     _load(AdaptConfig(model="bundled-ar", data="word-problems"), Console(quiet=True))
     assert given == [
-        {"dtype": "auto", "device_map": "cuda"}, {"dtype": torch.float32, "device_map": "cpu"},
+        {"dtype": "auto", "device_map": "cuda"},
         {"dtype": torch.float16, "device_map": "cuda:1"}, {"dtype": "auto", "device_map": "auto"},
         {"dtype": torch.float32, "device_map": "cuda:3"},  # a process of torchrun has a GPU of its own
     ]  # fmt: skip
