@@ -51,6 +51,7 @@ def make(size: str, dtype: str, how: str) -> Any:
     """A model of that size; its linear layers plain, packed, or in 8 bits."""
     if size == "bundled":
         model, _ = pb.load(device="cpu", dtype=dtype, packed=False)
+        model.config.max_position_embeddings = 8192
     else:
         model = random_model(size, block_size=32, dtype=getattr(torch, dtype), device="cpu")
     if how != "plain":

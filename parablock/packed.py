@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from parablock.settings import Model
 
 SMALL = 131_072  # float32 weights of a layer up to which some products are faster as they are: those of fewer tokens
-FEW = 4  # than this, and of more the smaller the layer is
+FEW = 7  # than this, and of more the smaller the layer is
 
 # compilers cannot look into oneDNN's layout: they are shown an operator that finds the layer by its number
 _numbers = count()

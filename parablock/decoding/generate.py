@@ -15,6 +15,7 @@ from parablock.decoding.decoder import Window, begin, next_work, window
 from parablock.decoding.dense import Dense
 from parablock.decoding.proposals import propose_tokens
 from parablock.decoding.rows import Rows
+from parablock.decoding.threads import Threads
 from parablock.decoding.work import Settled, prefill, settle
 from parablock.diffusion.support import require_open_attention, require_supported_layers
 from parablock.settings import Model
@@ -125,12 +126,14 @@ def _decode(model: Model, prompts: list[list[int]], config: DecodeConfig) -> tup
 
 @torch.inference_mode()
 def _forwards(executor: Dense, rows: Rows) -> Iterator[Settled]:
+    threads = Threads(executor.model)
     prefilled = (rows.prefill_R > 0).nonzero()[0]
     works = [prefill(rows, prefilled, rows.prefill_R[prefilled])] if len(prefilled) else []
     while rows.active_R.any():
         works = works or next_work(rows, rows.active_R.nonzero()[0])
-        logits_mV = executor.run(rows, works[0])  # one config, so one mode
-        settled = settle(rows, works, *propose_tokens(logits_mV, rows, works))
+        with threads.for_tokens(works[0].tokens):
+            logits_mV = executor.run(rows, works[0])  # one config, so one mode
+            settled = settle(rows, works, *propose_tokens(logits_mV, rows, works))
         rows.active_R[settled.rows_K[settled.done_K]] = False
         works = []
         yield settled

@@ -14,6 +14,7 @@ from torch import Tensor
 from parablock.decoding.dense import last_device
 from parablock.decoding.proposals import propose_tokens
 from parablock.decoding.rows import Rows
+from parablock.decoding.threads import Threads
 from parablock.diffusion.support import layer_windows
 from parablock.engine.attention import lend_attention, register_runner, return_attention
 from parablock.engine.config import EngineConfig
@@ -25,7 +26,6 @@ from parablock.engine.schedule import Group, Plan
 from parablock.settings import Model
 
 _numbers = itertools.count()
-ONE_THREAD = 5e7  # multiplications of a forward up to which one thread is the fastest
 
 
 Views = tuple[tuple[int, tuple[GroupShape, ...]], ...]  # for every window of the layers: the groups as they see them
@@ -41,10 +41,8 @@ class Runner:
         self.last_device = last_device(model)
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu")
-        self.threads = config.threads
-        self.all_threads = torch.get_num_threads()  # here, where no step of another engine has changed it
+        self.threads = Threads(model, config.threads)  # here, where no step of another engine has changed their number
         self.queries = 0  # tokens that all forwards ran so far, prompts included
-        self.weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
         self.kv = KV(config.kv_dtype)
         self.windows = layer_windows(model.config)
         self.closed = False
@@ -98,21 +96,13 @@ class Runner:
     def run(self, rows: Rows, table_RP: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """One forward: a token and its confidence `[M]` for every wanted prediction. Waits for the device once."""
         self.queries += plan.tokens
-        few = self.weights * plan.tokens < ONE_THREAD
-        # every thread of the process has a number of its own: engines in other threads do the same meanwhile
-        before = torch.get_num_threads()
-        if self.device.type == "cpu":
-            torch.set_num_threads(self.threads or (1 if few else self.all_threads))
-        try:
-            with torch.inference_mode():
-                packed, sizes, views = self._pack(rows, table_RP, plan)
-                if self._graphs is None:
-                    logits = self._compute(packed.to(self.device, non_blocking=True), sizes, views)
-                else:
-                    logits = self._graphs.run((tuple(sizes), views), packed, lambda x: self._compute(x, sizes, views))
-                return propose_tokens(logits[: len(plan.source_M)], rows, plan.works)
-        finally:
-            torch.set_num_threads(before)
+        with torch.inference_mode(), self.threads.for_tokens(plan.tokens):
+            packed, sizes, views = self._pack(rows, table_RP, plan)
+            if self._graphs is None:
+                logits = self._compute(packed.to(self.device, non_blocking=True), sizes, views)
+            else:
+                logits = self._graphs.run((tuple(sizes), views), packed, lambda x: self._compute(x, sizes, views))
+            return propose_tokens(logits[: len(plan.source_M)], rows, plan.works)
 
     def check(self, rows: Rows, table_RP: np.ndarray) -> None:
         """Run one token over page 0; raises what the device raises."""
