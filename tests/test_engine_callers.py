@@ -310,7 +310,7 @@ def test_engines_in_threads_keep_their_number_of_threads(model: Any, monkeypatch
         forward_of_many = many.runner._forward
         monkeypatch.setattr(few.runner, "_forward", slow)
         monkeypatch.setattr(many.runner, "_forward", noting)
-        monkeypatch.setattr(many.runner, "weights", 1e12)  # a step that is worth all threads
+        monkeypatch.setattr(many.runner.threads, "weights", 1e12)  # a step that is worth all threads
         few.start()
         first = few.submit(pb.Request(ROWS[0], BASE))
         assert inside.wait(60)
