@@ -71,6 +71,7 @@ def generate(
             "new_tokens": out.new_tokens, "forwards": out.forwards, "seconds": round(out.seconds, 4),
             "tokens_per_forward": round(out.tokens_per_forward, 3),
             "tokens_per_second": round(out.tokens_per_second, 1),
+            "drafted": out.drafted[0], "accepted": out.accepted[0],
         }  # fmt: skip
         print(json.dumps({"model": model, "text": answer, "tokens": out.tokens[0], **figures}, ensure_ascii=False))
     else:

@@ -48,8 +48,9 @@ def require(ok: bool, name: str, value: object, remedy: str) -> None:
 
 def require_choice(name: str, value: object, choices: Any) -> None:
     """ValueError unless `value` is one of a Literal's."""
-    named = [repr(choice) for choice in get_args(choices)]
-    require(value in get_args(choices), name, value, f"use {', '.join(named[:-1])} or {named[-1]}")
+    *others, last = [repr(choice) for choice in get_args(choices)]
+    remedy = f"use {', '.join(others)} or {last}" if others else f"use {last}"
+    require(value in get_args(choices), name, value, remedy)
 
 
 def require_at_least(config: object, least: int, *names: str) -> None:

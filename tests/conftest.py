@@ -136,6 +136,13 @@ def small_model(**changes: Any) -> Any:
     return Qwen2ForCausalLM._from_config(config).eval()
 
 
+def ar_model(**changes: Any) -> Any:
+    """The same, never adapted."""
+    model = small_model(**changes)
+    model.config.bd_size = None
+    return model
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()

@@ -60,6 +60,9 @@ def autoregressive(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[
     return whole
 
 
+DEFINITIONS = {"diffusion": block_diffusion, "autoregressive": autoregressive, "speculative": autoregressive}
+
+
 def _whole(known: list[int | None], prompt: int, end: int, config: pb.DecodeConfig) -> list[int] | None:
     """The response if it is whole: up to a stop token without a mask before it, or of full length."""
     response = known[prompt:end]

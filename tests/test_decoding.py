@@ -8,7 +8,7 @@ import definitions
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
+from conftest import ar_model, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,13 +34,12 @@ def test_golden_generations(golden_model: Any, golden_generations: list[dict[str
         assert out.forwards <= g["forwards"]
 
 
-DEFINITION_MODEL = small_model()
-DEFINITIONS = {"diffusion": definitions.block_diffusion, "autoregressive": definitions.autoregressive}
+ADAPTED, PLAIN = small_model(), ar_model()
 
 
-@settings(max_examples=120)
+@settings(max_examples=160)
 @given(
-    st.sampled_from(["diffusion", "autoregressive"]),
+    st.sampled_from(list(definitions.DEFINITIONS)),
     st.sampled_from([1, 3, 7, 8, 9, 15, 16, 17, 30]),
     st.sampled_from([{}, {"strategy": "factor"}, {"strategy": "fixed", "tokens_per_step": 2}, {"sub_block_size": 2}]),
     st.sampled_from([{}, {"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.7}, {"temperature": 1.2, "top_k": 4}]),
@@ -50,11 +49,11 @@ DEFINITIONS = {"diffusion": definitions.block_diffusion, "autoregressive": defin
 def test_the_definition_of_each_mode(
     mode: Any, length: int, how: dict[str, Any], sampling: dict[str, Any], stops: tuple[int, ...], new_tokens: int
 ) -> None:
-    model = DEFINITION_MODEL
+    model = PLAIN if mode == "speculative" else ADAPTED
     config = replace(BASE, mode=mode, sub_block_cache=False, seed=5, **how, **sampling)
     config = replace(config, stop_token_ids=stops, max_new_tokens=new_tokens)
     ids = prompt(length, length)
-    assert pb.generate(model, ids, config).tokens == [DEFINITIONS[mode](model, ids, config)]
+    assert pb.generate(model, ids, config).tokens == [definitions.DEFINITIONS[mode](model, ids, config)]
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
@@ -298,6 +297,10 @@ BAD_CONFIGS = [
     ({"factor": 0.0}, "factor=0.0"),
     ({"tokens_per_step": 0}, "tokens_per_step=0"),
     ({"seed": 2**70}, "seed=1180591620717411303424"),
+    ({"mode": "speculative", "draft_tokens": 0}, "draft_tokens=0"),
+    ({"mode": "speculative", "drafter": "oracle"}, "drafter='oracle' is out of range; use 'lookup'"),
+    ({"draft_tokens": 3}, "draft_tokens=3 belongs to mode='speculative', and mode is None"),
+    ({"mode": "autoregressive", "drafter": "lookup"}, "drafter='lookup' belongs to mode='speculative'"),
 ]
 
 

@@ -38,7 +38,7 @@ class Checkpoint:
         """How it decodes with these settings.
 
         Raises:
-            ValueError: block diffusion with a model that was never adapted to it.
+            ValueError: block diffusion with a model that was never adapted to it, speculation with one that was.
         """
         mask_token_id = self.mask_token_id if config.mask_token_id is None else config.mask_token_id
         named = config.block_size or self.block_size, mask_token_id
@@ -48,6 +48,11 @@ class Checkpoint:
                 f"{self.name}, or decode with --mode autoregressive"
             )
         adapted = self.block_size is not None and mask_token_id is not None
+        if config.mode == "speculative" and adapted:
+            raise ValueError(
+                f"mode='speculative': {self.name} was adapted to block diffusion: its tokens see their whole block, and "
+                "drafts are verified by an AR model; leave --mode out, or name the AR checkpoint it was made from"
+            )
         return config.mode or ("diffusion" if adapted else "autoregressive")
 
 
@@ -78,7 +83,7 @@ def announce(checkpoint: Checkpoint, config: DecodeConfig) -> None:
     """Say in one line on stderr that a model decodes autoregressively though nobody asked for it.
 
     Raises:
-        ValueError: block diffusion is asked for, and the model was never adapted to it.
+        ValueError: a mode is asked for that the model does not have.
     """
     first = os.environ.get("RANK", "0") == "0"
     if checkpoint.mode(config) == "autoregressive" and config.mode is None and first:

@@ -6,7 +6,8 @@ from typing import Literal
 from parablock.settings import require, require_at_least, require_choice, setting
 
 LEAST = 1e-6  # what is smaller vanishes when probabilities are computed in float32
-Mode = Literal["diffusion", "autoregressive"]
+Mode = Literal["diffusion", "autoregressive", "speculative"]
+Drafter = Literal["lookup"]
 Strategy = Literal["threshold", "factor", "fixed"]
 
 
@@ -16,7 +17,8 @@ class DecodeConfig:
 
     mode: Mode | None = setting(
         None,
-        help="'diffusion' (several tokens per forward), 'autoregressive'. Default: what the checkpoint was made for.",
+        help="'diffusion' (several tokens per forward), 'autoregressive', or 'speculative' (the autoregressive answer; "
+        "drafts of several tokens are verified in one forward). Default: what the checkpoint was made for.",
     )
     max_new_tokens: int | None = setting(
         None, help="The answer is at most this long, exactly. Default: 512, less if the context is shorter."
@@ -33,6 +35,15 @@ class DecodeConfig:
     top_p: float = setting(1.0, help="Sample from the smallest set of tokens with this probability.")
     top_k: int | None = setting(None, help="Sample from this many most probable tokens. Default: all.")
     sub_block_cache: bool = setting(True, help="Reuse the K/V of the other sub-blocks inside a block.")
+    drafter: Drafter | None = setting(
+        None,
+        help="For 'speculative': where drafts come from. 'lookup': what followed the last tokens where they stood "
+        "before, in prompt or answer. Default: 'lookup'.",
+    )
+    draft_tokens: int | None = setting(
+        None,
+        help="For 'speculative': how many tokens to draft. Default: up to 7, as many as pay (under load none).",
+    )
     stop_token_ids: tuple[int, ...] | None = setting(
         None, help="Token ids that end the answer (repeatable). Default: the checkpoint's own."
     )
@@ -45,7 +56,18 @@ class DecodeConfig:
         if self.mode is not None:
             require_choice("mode", self.mode, Mode)
         require_choice("strategy", self.strategy, Strategy)
-        require_at_least(self, 1, "max_new_tokens", "block_size", "sub_block_size", "tokens_per_step", "top_k")
+        if self.drafter is not None:
+            require_choice("drafter", self.drafter, Drafter)
+        require_at_least(
+            self, 1, "max_new_tokens", "block_size", "sub_block_size", "tokens_per_step", "top_k", "draft_tokens"
+        )  # fmt: skip
+        for name in ("drafter", "draft_tokens"):
+            value = getattr(self, name)
+            if value is not None and self.mode != "speculative":
+                raise ValueError(
+                    f"{name}={value!r} belongs to mode='speculative', and mode is {self.mode!r}; set that mode, or leave "
+                    f"{name} out"
+                )
         require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")
         require(self.factor > 0.0, "factor", self.factor, "use a positive value")
         sampled = LEAST <= self.temperature <= 1 / LEAST

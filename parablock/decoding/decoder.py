@@ -13,10 +13,11 @@ import numpy as np
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.modes.autoregressive import AUTOREGRESSIVE
 from parablock.decoding.modes.block_diffusion import BLOCK_DIFFUSION
+from parablock.decoding.modes.speculative import SPECULATIVE
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import Settled, Work
 
-MODES = {"diffusion": BLOCK_DIFFUSION, "autoregressive": AUTOREGRESSIVE}
+MODES = {"diffusion": BLOCK_DIFFUSION, "autoregressive": AUTOREGRESSIVE, "speculative": SPECULATIVE}
 NUMBERS = {name: number for number, name in enumerate(MODES)}
 
 
@@ -27,20 +28,28 @@ def begin(rows: Rows, row: int, prompt: Sequence[int] | np.ndarray, config: Deco
     rows.begin(row, prompt, config, sample, NUMBERS[config.mode], grain)
 
 
-def next_work(rows: Rows, which: np.ndarray) -> list[Work]:
-    """What the rows `which` run next, their prefill done: one `Work` for every mode among them."""
+def next_work(rows: Rows, which: np.ndarray, beside: int = 0) -> list[Work]:
+    """What the rows `which` run next, their prefill done: one `Work` for every mode among them.
+
+    `beside`: about how many tokens the forward runs for other rows.
+    """
     mode_n = rows.mode_R[which]
     works = []
+    rows.pace.plan(beside)
     for number, mode in enumerate(MODES.values()):
         mine = which[mode_n == number]
         if len(mine):
             works.append(mode.next_work(rows, mine))
+            rows.pace.beside += works[-1].tokens
     return works
 
 
 @dataclass(frozen=True)
 class Window:
-    """The blocks that some rows are decoding, after a step: `start [n]`, the others `[n, D]`; see `Step`."""
+    """The blocks that some rows are decoding, after a step: `start [n]`, the others `[n, D]`; see `Step`.
+
+    Of a row that moved on to another block, the window begins with the first token of the step.
+    """
 
     start: np.ndarray
     ids: np.ndarray
@@ -53,12 +62,13 @@ def window(rows: Rows, settled: Settled, which: np.ndarray) -> Window:
     """What the step that `settled` tells of did to the active blocks of the rows `which`."""
     D = rows.block_size
     start_n = rows.start_R[which] // D * D
-    position_nD = np.minimum(start_n[:, None] + np.arange(D), rows.ids_RC.shape[1] - 1)
-    confidence_nD = np.full(position_nD.shape, np.nan, dtype=np.float32)
     index_R = np.full(len(rows.active_R), -1)
     index_R[which] = np.arange(len(which))
     shown_M = settled.chosen_M & (index_R[settled.row_M] >= 0)
     n = index_R[settled.row_M[shown_M]]
+    np.minimum.at(start_n, n, settled.target_M[shown_M])  # of a step across two blocks all is shown
+    position_nD = np.minimum(start_n[:, None] + np.arange(D), rows.ids_RC.shape[1] - 1)
+    confidence_nD = np.full(position_nD.shape, np.nan, dtype=np.float32)
     confidence_nD[n, settled.target_M[shown_M] - start_n[n]] = settled.confidence_M[shown_M]
     return Window(
         start_n, rows.ids_RC[which[:, None], position_nD], rows.masked_RC[which[:, None], position_nD],

@@ -32,13 +32,16 @@ class GenerateOutput:
 
     `tokens`: the new token ids of each row, prompt excluded, stop token included. `forwards`: model calls made (NFE),
     prefill and commits included. `decode_forwards`: the decode forwards each row took part in, prefill excluded.
-    `seconds`: wall-clock time, prefill included.
+    `seconds`: wall-clock time, prefill included. `drafted`, `accepted`: how many tokens of each row were drafted, and
+    how many of these became tokens of the answer (0 unless `mode="speculative"`).
     """
 
     tokens: list[list[int]]
     forwards: int
     decode_forwards: list[int]
     seconds: float
+    drafted: list[int]
+    accepted: list[int]
 
     @property
     def new_tokens(self) -> int:
@@ -60,10 +63,11 @@ class GenerateOutput:
 class Step(Window):
     """One forward, as a caller sees it.
 
-    `start [R]`: where the shown blocks begin (absolute position). `ids [R, D]` and `masked [R, D]`: their tokens, and
-    which are still unknown. `revealed [R, D]`: what this step revealed; `confidence [R, D]`: with which confidence (nan
-    elsewhere). `new_tokens [R]`: how many response tokens each row has so far without a gap; `decode_forwards [R]`: in
-    how many forwards it took part, prefill excluded; `done [R]`: finished rows.
+    `start [R]`: where the shown window begins (absolute position), with a block or with a token that this step revealed
+    in the block before. `ids [R, D]` and `masked [R, D]`: its tokens, and which are still unknown. `revealed [R, D]`:
+    what this step revealed; `confidence [R, D]`: with which confidence (nan elsewhere). `new_tokens [R]`: how many
+    response tokens each row has so far without a gap; `decode_forwards [R]`: in how many forwards it took part, prefill
+    excluded; `done [R]`: finished rows.
     """
 
     new_tokens: np.ndarray
@@ -74,6 +78,12 @@ class Step(Window):
     def tokens(self, row: int = 0) -> list[int]:
         """The response of a row so far, up to its first masked position."""
         return self._rows.tokens(row)[: int(self.new_tokens[row])]
+
+    def draft(self, row: int = 0) -> np.ndarray:
+        """The window behind the response so far, masks and revealed tokens; nothing where tokens come in order."""
+        behind = int(self._rows.prompt_R[row] + self.new_tokens[row] - self.start[row])
+        draft: np.ndarray = self.ids[row, behind:] if self._rows.grain_R[row] > 1 else self.ids[row, :0]
+        return draft
 
 
 def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> GenerateOutput:
@@ -97,6 +107,8 @@ def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = Non
         forwards=forwards,
         decode_forwards=rows.forwards_R.tolist(),
         seconds=time.perf_counter() - started,
+        drafted=rows.drafted_R.tolist(),
+        accepted=rows.accepted_R.tolist(),
     )
 
 
@@ -119,6 +131,7 @@ def _decode(model: Model, prompts: list[list[int]], config: DecodeConfig) -> tup
     D = config.block_size or DEFAULT_BLOCK_SIZE
     capacity = -(-(max(map(len, prompts)) + config.max_new_tokens) // D) * D
     rows = Rows(len(prompts), capacity, D)
+    rows.pace.padded = len(prompts)
     for row, prompt in enumerate(prompts):
         begin(rows, row, prompt, config, sample=row)
     return rows, _forwards(Dense(model, len(prompts), capacity), rows)
@@ -130,11 +143,13 @@ def _forwards(executor: Dense, rows: Rows) -> Iterator[Settled]:
     prefilled = (rows.prefill_R > 0).nonzero()[0]
     works = [prefill(rows, prefilled, rows.prefill_R[prefilled])] if len(prefilled) else []
     while rows.active_R.any():
+        started = time.perf_counter()
         works = works or next_work(rows, rows.active_R.nonzero()[0])
         with threads.for_tokens(works[0].tokens):
             logits_mV = executor.run(rows, works[0])  # one config, so one mode
             settled = settle(rows, works, *propose_tokens(logits_mV, rows, works))
         rows.active_R[settled.rows_K[settled.done_K]] = False
+        rows.pace.note(rows.pace.padded * int(works[0].width_n.max()), time.perf_counter() - started)
         works = []
         yield settled
 
@@ -175,6 +190,11 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
         config.check_sub_block(block_size)
         if getattr(own, "bd_size", None) not in (None, block_size):
             warn_of_block_size(own.bd_size, block_size)
+    if mode == "speculative" and adapted:
+        raise ValueError(
+            "mode='speculative': the checkpoint was adapted to block diffusion: its tokens see their whole block, and "
+            "drafts are verified by an AR model; use mode='diffusion' (or None), or the AR checkpoint it was made from"
+        )
     if mask_token_id is not None and not 0 <= mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {vocabulary} tokens")
     for number, prompt in enumerate(prompts):

@@ -9,9 +9,11 @@ from typing import get_args
 import numpy as np
 
 from parablock.decoding.config import DecodeConfig, Strategy
+from parablock.decoding.pace import Pace
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FAR = np.iinfo(np.int64).max - 1
+MOST_DRAFTS = 7  # where nobody says how many
 SETTINGS = [
     ("mask_token_id", np.int64),  # -1: none
     ("sub_block_size", np.int64), ("sub_block_cache", bool), ("strategy", np.int64), ("threshold", np.float32),
@@ -24,7 +26,7 @@ class Rows:
     """A row is free, or runs one request: `active_R`. Positions count from the prompt's first token.
 
     A position of `ids_RC` that is `masked_RC` holds the mask token; `masked_RC` alone says what is masked (a prompt may
-    hold mask tokens, too).
+    hold mask tokens, too). Drafts stand at masked positions, while a forward verifies them.
     """
 
     def __init__(self, rows: int, capacity: int, block_size: int) -> None:
@@ -45,8 +47,16 @@ class Rows:
         self.length_R = np.zeros(rows, dtype=whole)  # response tokens so far without a gap, the stop token included
         self.stop_R = np.zeros(rows, dtype=whole)  # position of the first stop token of the response, or FAR
         self.forwards_R = np.zeros(rows, dtype=whole)  # decode forwards, the prefill not among them
+        self.room_R = np.zeros(rows, dtype=whole)  # positions below it have a place for their K/V
+        self.ahead_R = np.zeros(rows, dtype=whole)  # the most drafts of a forward; 0: the mode makes none
+        self.fixed_R = np.zeros(rows, dtype=flag)  # always so many, if there are guesses; else as it pays
+        self.alike_R = np.zeros(rows, dtype=whole)  # where the last known tokens stood before; 0: nobody knows
+        self.chance_R = np.zeros(rows, dtype=np.float64)  # that a guess is right, as it was lately
+        self.drafted_R = np.zeros(rows, dtype=whole)
+        self.accepted_R = np.zeros(rows, dtype=whole)
         self.stops_RK = np.full((rows, 1), -1, dtype=whole)
         self.settings_R = np.zeros(rows, dtype=SETTINGS)  # named like the fields of `DecodeConfig`
+        self.pace = Pace()
 
     def begin(
         self, row: int, prompt: Sequence[int] | np.ndarray, config: DecodeConfig, sample: int, mode: int, grain: int
@@ -80,6 +90,13 @@ class Rows:
         self.end_R[row] = length + config.max_new_tokens
         self.prefill_R[row] = length // grain * grain
         self.start_R[row] = self.length_R[row] = self.forwards_R[row] = 0
+        self.drafted_R[row] = self.accepted_R[row] = self.ahead_R[row] = self.alike_R[row] = 0
+        self.room_R[row] = self.ids_RC.shape[1]
+        if config.mode == "speculative":
+            # they all lie in the block of the last known token and the next one
+            self.ahead_R[row] = min(config.draft_tokens or MOST_DRAFTS, self.block_size - 1)
+            self.fixed_R[row] = config.draft_tokens is not None
+            self.chance_R[row] = self.pace.chance
         self.written_R[row] = False
         self.stop_R[row] = FAR
         self.active_R[row] = True
@@ -111,11 +128,16 @@ class Rows:
         masked_nD: np.ndarray = self.masked_RC[rows_n[:, None], block_nD]
         return masked_nD
 
+    def stopping(self, rows_m: np.ndarray, tokens_m: np.ndarray) -> np.ndarray:
+        """Which tokens end their row's answer `[m]`."""
+        stops_m: np.ndarray = (tokens_m[:, None] == self.stops_RK[rows_m]).any(1)
+        return stops_m
+
     def reveal(self, rows_m: np.ndarray, positions_m: np.ndarray, tokens_m: np.ndarray) -> None:
         """Tokens become known; the stop tokens among them are noted."""
         self.ids_RC[rows_m, positions_m] = tokens_m
         self.masked_RC[rows_m, positions_m] = False
-        stops_m = (tokens_m[:, None] == self.stops_RK[rows_m]).any(1)
+        stops_m = self.stopping(rows_m, tokens_m)
         if stops_m.any():
             np.minimum.at(self.stop_R, rows_m[stops_m], positions_m[stops_m])
 

@@ -1,4 +1,4 @@
-"""Block diffusion where users of transformers look for it: behind `model.generate`, with its streamers."""
+"""The decoder where users of transformers look for it: behind `model.generate`, with its streamers."""
 
 import inspect
 import warnings
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from parablock.decoding.config import DecodeConfig, Strategy
+from parablock.decoding.config import DecodeConfig, Drafter, Mode, Strategy
 from parablock.decoding.generate import Step, stream
 from parablock.settings import Model
 
@@ -24,6 +24,7 @@ def custom_generate(
     generation_config: Any,
     streamer: Any = None,
     *,
+    mode: Mode | None = None,
     block_size: int | None = None,
     sub_block_size: int = 8,
     strategy: Strategy = "threshold",
@@ -31,6 +32,8 @@ def custom_generate(
     factor: float = 1.0,
     tokens_per_step: int = 1,
     sub_block_cache: bool = True,
+    drafter: Drafter | None = None,
+    draft_tokens: int | None = None,
     mask_token_id: int | None = None,
     seed: int | None = None,
     **model_kwargs: Any,
@@ -41,11 +44,11 @@ def custom_generate(
     (`max_new_tokens`, `eos_token_id`, `do_sample`, `temperature`, `top_p`, `top_k`), a padded batch from
     `attention_mask`. Returns what `generate` returns: prompts and responses `[B, L + N]`, padded after a response that
     ended; with `return_dict_in_generate=True` an object with `sequences`. `streamer` gets every token as soon as no
-    mask stands before it (`put`), and the rest of the block as a draft where it takes drafts (`put_draft`, as
-    `TextDiffusionStreamer`).
+    mask stands before it (`put`), and in block diffusion the rest of the block as a draft where it takes drafts
+    (`put_draft`, as `TextDiffusionStreamer`).
 
     Raises:
-        ValueError: an argument that block diffusion cannot honour (beam search, a penalty, a stop string ...).
+        ValueError: an argument that parablock's decoding cannot honour (beam search, a penalty, a stop string ...).
     """
     _refuse_unsupported(model, logits_processor, stopping_criteria, generation_config)
     sampling: dict[str, Any] = {}
@@ -54,7 +57,7 @@ def custom_generate(
         sampling = {name: getattr(generation_config, name) or default for name, default in given.items()}
     stops = generation_config.eos_token_id
     config = DecodeConfig(
-        mode="diffusion",
+        mode=mode,
         max_new_tokens=generation_config.max_length - input_ids.shape[1],
         block_size=block_size,
         sub_block_size=sub_block_size,
@@ -63,6 +66,8 @@ def custom_generate(
         factor=factor,
         tokens_per_step=tokens_per_step,
         sub_block_cache=sub_block_cache,
+        drafter=drafter,
+        draft_tokens=draft_tokens,
         stop_token_ids=() if stops is None else (stops,) if isinstance(stops, int) else tuple(stops),
         mask_token_id=mask_token_id,
         seed=seed,
@@ -105,7 +110,7 @@ def generate_ids(
     sent = 0
     for step in stream(model, [row.tolist() for row in rows], config):
         if streamer is not None:
-            sent = _show(streamer, step, len(rows[0]), sent)
+            sent = _show(streamer, step, sent)
     if streamer is not None:
         streamer.end()
     responses = [step.tokens(row) for row in range(len(rows))]
@@ -118,15 +123,13 @@ def generate_ids(
     return torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
-def _show(streamer: Any, step: Step, prompt: int, sent: int) -> int:
+def _show(streamer: Any, step: Step, sent: int) -> int:
     """Send the settled tokens after the first `sent`, then the rest of the window as a draft; returns how many."""
     response = step.tokens(0)
     if len(response) > sent:
         streamer.put(torch.tensor(response[sent:]))
-    if hasattr(streamer, "put_draft") and not step.done[0]:
-        draft = step.ids[0, prompt + len(response) - int(step.start[0]) :]
-        if len(draft):
-            streamer.put_draft(torch.from_numpy(draft))
+    if hasattr(streamer, "put_draft") and not step.done[0] and len(draft := step.draft(0)):
+        streamer.put_draft(torch.from_numpy(draft))
     return len(response)
 
 
@@ -145,7 +148,7 @@ def _streamer_of_the_call() -> Any:
 
 
 def _refuse_unsupported(model: Model, processors: Any, criteria: Any, generation_config: Any) -> None:
-    remedy = "block diffusion cannot honour it; leave it out, or decode without custom_generate"
+    remedy = "parablock cannot honour it; leave it out, or decode without custom_generate"
     if generation_config.num_beams not in (None, 1):
         raise ValueError(f"num_beams={generation_config.num_beams}: {remedy}")
     for criterion in criteria:

@@ -17,7 +17,8 @@ class Work:
     """Pieces of one kind. Piece i runs `width_n[i]` tokens of row `rows_n[i]` from position `first_n[i]` on.
 
     A query at position p sees its row up to the end of its grain: `p // grain * grain + grain` tokens. So grain 1 is
-    causal attention, and the block size as grain is block-causal attention. `final_n`: how many of a piece's K/V stay.
+    causal attention, and the block size as grain is block-causal attention. `final_n`: how many of a piece's K/V stay,
+    at least.
     """
 
     rows_n: np.ndarray

@@ -58,7 +58,7 @@ class Batch:
             rows.active_R[row] = False
             return False
         self.table_RP[row, : len(pages)] = pages
-        rows.start_R[row] = len(matched) * D
+        rows.start_R[row], rows.room_R[row] = len(matched) * D, len(pages) * D
         if handle.paused is None:
             self.admitted += 1
             handle.cached_tokens = len(matched) * D
@@ -74,13 +74,19 @@ class Batch:
         Returns whose rows these were, the youngest first.
         """
         rows, paused = self.rows, []
-        decoding = (rows.active_R & (rows.start_R >= rows.prefill_R)).nonzero()[0]
-        block = rows.start_R[decoding] // self.block_size
-        wanting = self.table_RP[decoding, block] == 0
-        for row, b in sorted(zip(decoding[wanting], block[wanting], strict=True), key=lambda x: rows.order_R[x[0]]):
+        # the last position that may run: drafts want the next page early
+        last_R = np.maximum(rows.start_R, np.minimum(rows.start_R + rows.ahead_R, rows.end_R - 2))
+        wanting = (rows.active_R & (rows.start_R >= rows.prefill_R) & (rows.room_R <= last_R)).nonzero()[0]
+        for row in sorted(wanting, key=lambda row: rows.order_R[row]):
+            block = int(rows.room_R[row]) // self.block_size
+            after = int(self.table_RP[row, block - 1])
+            needed = rows.room_R[row] <= rows.start_R[row]
             while rows.active_R[row]:
-                if page := self.pool.reserve([], 1, after=int(self.table_RP[row, b - 1])):
-                    self.table_RP[row, b] = page[0]
+                # for drafts alone only where a page is left for every row
+                if page := self.pool.reserve([], 1, spare=0 if needed else len(self.active), after=after):
+                    self.table_RP[row, block] = page[0]
+                    rows.room_R[row] += self.block_size
+                if page or not needed:
                     break
                 paused.append(self._pause(int(self.active[rows.order_R[self.active].argmax()])))
         return paused
@@ -104,6 +110,7 @@ class Batch:
         handle = self.handles[row]
         if handle is not None:
             handle.forwards = int(self.rows.forwards_R[row])
+            handle.drafted, handle.accepted = int(self.rows.drafted_R[row]), int(self.rows.accepted_R[row])
             handle.tokens = self.rows.tokens(row) if not self.streaming_R[row] else handle.tokens
             if reuse:
                 self.register(row)

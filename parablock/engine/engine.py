@@ -73,6 +73,7 @@ class Engine:
         self.prefill_tokens = 0  # prompt tokens that were run
         self.prefill_seconds = 0.0  # their share of the steps' time, by tokens
         self.preemptions = 0  # how often a row gave its pages to others
+        self.drafted = self.accepted = 0  # tokens, in the requests that have ended
         self.error: Exception | None = None  # why it stopped by itself
         self._waiting: deque[Handle] = deque()
         self._open = 0  # requests that have not ended
@@ -134,8 +135,10 @@ class Engine:
             for handle in handles:
                 self.cancel(handle)
             raise
-        decode_forwards = [handle.forwards for handle in handles]
-        return GenerateOutput(tokens, self.steps - steps, decode_forwards, time.perf_counter() - started)
+        return GenerateOutput(
+            tokens, self.steps - steps, [handle.forwards for handle in handles], time.perf_counter() - started,
+            [handle.drafted for handle in handles], [handle.accepted for handle in handles],
+        )  # fmt: skip
 
     def wait(self, handle: Handle, *, timeout: float | None = None, for_update: bool = False) -> None:
         """Until the handle is done (or, `for_update`, has a new update); without a thread, by running steps."""
@@ -191,11 +194,15 @@ class Engine:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Requests waiting and running, pages held by them, pages kept for reuse, pages in all, steps so far."""
+        """Requests waiting and running, pages held by them, pages kept for reuse, pages in all, steps so far.
+
+        `drafted`, `accepted`: tokens, in the requests that have ended.
+        """
         pool, waiting = self.batch.pool, len(self._waiting) + len(self._inbox)
         return {
             "waiting": waiting, "running": len(self.batch.active), "pages_held": pool.held, "pages_cached": pool.cached,
             "pages": pool.pages, "steps": self.steps, "preemptions": self.preemptions,
+            "drafted": self.drafted, "accepted": self.accepted,
         }  # fmt: skip
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -218,6 +225,7 @@ class Engine:
                 step = plan(self.batch.rows, taking_part, self.config.prefill_chunk, self.config.cuda_graphs)
                 taking_part = step.rows
                 self._forward(step)
+                self.batch.rows.pace.note(step.tokens, time.perf_counter() - started)
             except Exception as error:
                 log.exception("a step failed; its requests fail with it")
                 self._stop_if_broken(error)
@@ -305,6 +313,8 @@ class Engine:
         handle.paused = None
         handle.seconds = time.perf_counter() - handle.submitted
         handle.error = error
+        self.drafted += handle.drafted
+        self.accepted += handle.accepted
         with self._changed:
             self._open -= 1
             handle.status = status

@@ -40,8 +40,9 @@ class Update(Window):
     """One step of one request.
 
     `tokens`: the response tokens that have newly settled (no mask stands before them). The window is the block being
-    decoded: `start` (absolute position), `ids [D]`, `masked [D]` (still unknown), `revealed [D]` (by this step) and
-    `confidence [D]` (nan where nothing was revealed). `forwards`: decode forwards so far; `done`: the last update.
+    decoded: `start` (absolute position; see `pb.stream`'s `Step`), `ids [D]`, `masked [D]` (still unknown), `revealed
+    [D]` (by this step) and `confidence [D]` (nan where nothing was revealed). `forwards`: decode forwards so far;
+    `done`: the last update.
     """
 
     tokens: list[int]
@@ -62,6 +63,7 @@ class Handle:
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.forwards = 0  # decode forwards it took part in
+        self.drafted = self.accepted = 0  # tokens that were drafted, and how many of these became tokens of the answer
         self.cached_tokens = 0  # of the prompt: not run again
         self.submitted = time.perf_counter()
         self.first_token: float | None = None  # seconds from submission until a first token had settled

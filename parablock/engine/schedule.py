@@ -50,7 +50,8 @@ class Plan:
 def plan(rows: Rows, active: np.ndarray, prefill_chunk: int, powers_of_two: bool = False) -> Plan:
     """The next forward for the `active` rows (their numbers); `powers_of_two` rounds its shapes up."""
     prefilling = rows.start_R[active] < rows.prefill_R[active]
-    works = next_work(rows, active[~prefilling])
+    left = int((rows.prefill_R - rows.start_R)[active[prefilling]].sum())
+    works = next_work(rows, active[~prefilling], beside=min(left, prefill_chunk))
     if prefilling.any():
         # where many rows decode, as many prompt tokens beside them: else new requests would wait while rows run empty
         decoding = sum(work.tokens for work in works)

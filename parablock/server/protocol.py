@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from parablock.decoding.config import DecodeConfig, Mode, Strategy
+from parablock.decoding.config import DecodeConfig, Drafter, Mode, Strategy
 from parablock.settings import help_of
 
 LARGEST = 2**31 - 1
@@ -27,7 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 DECODING = (
     "mode", "temperature", "top_p", "top_k", "seed", "threshold", "sub_block_size", "strategy", "factor",
-    "tokens_per_step", "sub_block_cache",
+    "tokens_per_step", "sub_block_cache", "drafter", "draft_tokens",
 )  # fmt: skip
 
 
@@ -110,6 +110,8 @@ class Body(Strict):
     factor: float | None = _setting("factor", gt=0)
     tokens_per_step: int | None = _setting("tokens_per_step", ge=1, le=LARGEST)
     sub_block_cache: bool | None = _setting("sub_block_cache")
+    drafter: Drafter | None = _setting("drafter")
+    draft_tokens: int | None = _setting("draft_tokens", ge=1, le=LARGEST)
     top_k: int | None = _setting("top_k", ge=1, le=LARGEST)
     denoising: bool | None = Field(None, description="When streaming: every step's provisional tokens as well.")
 

@@ -63,7 +63,7 @@ class ServedModel:
             "created": self.created,
             "owned_by": "parablock",
             "parablock": {
-                "modes": ["diffusion", "autoregressive"] if self.adapted else ["autoregressive"],
+                "modes": ["diffusion", "autoregressive"] if self.adapted else ["autoregressive", "speculative"],
                 "block_size": self.engine.block_size,
                 "context": self.engine.max_context,
             },
