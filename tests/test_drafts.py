@@ -89,7 +89,7 @@ def test_many_places_and_long_texts() -> None:
 def pace_of(seconds: Callable[[int], float], drafts: Callable[[int], float] | None = None, padded: int = 0) -> Pace:
     """As after many forwards of every size that took `seconds(tokens)`, those with drafts `drafts(tokens)`."""
     pace = Pace()
-    pace.padded = padded
+    pace.padded, pace.rows = padded, 1
     for pace.drafts, took in ((False, seconds), (True, drafts or seconds)):
         for size in range(12):
             for _ in range(20):

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BASE, ROWS, D, empty, prompt
+from cases import BASE, ROWS, empty, prompt
 from conftest import ar_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import run
-from test_transformers_generate import Recorder
 
 import parablock as pb
 from parablock.data.chat import encode_prompt
@@ -51,7 +49,9 @@ def oracle(rates: list[float]) -> Lookup:
             start, length = int(rows.start_R[row]), int(rows.prompt_R[row])
             p = next(rate)
             found_n[n] = p > 0.1 or rng.random() < 0.5
-            answer = autoregressive(rows.ids_RC[row, :length].tolist(), replace(AR, max_new_tokens=72, stop_token_ids=()))
+            answer = autoregressive(
+                rows.ids_RC[row, :length].tolist(), replace(AR, max_new_tokens=72, stop_token_ids=())
+            )
             truth = np.array(answer[start + 1 - length :][:most])
             right = rng.random(len(truth)) < p
             guess_nM[n, : len(truth)][right] = truth[right]

@@ -50,8 +50,8 @@ class Checkpoint:
         adapted = self.block_size is not None and mask_token_id is not None
         if config.mode == "speculative" and adapted:
             raise ValueError(
-                f"mode='speculative': {self.name} was adapted to block diffusion: its tokens see their whole block, and "
-                "drafts are verified by an AR model; leave --mode out, or name the AR checkpoint it was made from"
+                f"mode='speculative': {self.name} was adapted to block diffusion: its tokens see their whole block, "
+                "and drafts are verified by an AR model; leave --mode out, or name the AR checkpoint it was made from"
             )
         return config.mode or ("diffusion" if adapted else "autoregressive")
 

@@ -65,8 +65,8 @@ class DecodeConfig:
             value = getattr(self, name)
             if value is not None and self.mode != "speculative":
                 raise ValueError(
-                    f"{name}={value!r} belongs to mode='speculative', and mode is {self.mode!r}; set that mode, or leave "
-                    f"{name} out"
+                    f"{name}={value!r} belongs to mode='speculative', and mode is {self.mode!r}; set that mode, or "
+                    f"leave {name} out"
                 )
         require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")
         require(self.factor > 0.0, "factor", self.factor, "use a positive value")

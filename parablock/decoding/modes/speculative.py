@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from parablock.decoding.drafts import lookup
-from parablock.decoding.modes import autoregressive
+from parablock.decoding.modes.autoregressive import AUTOREGRESSIVE
 from parablock.decoding.pace import Pace
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import Mode, Work
@@ -34,11 +34,11 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     if pace.pause and not fixed_n.any():
         pace.pause -= 1
         rows.alike_R[which] = 0
-        return autoregressive.next_work(rows, which)
+        return AUTOREGRESSIVE.next_work(rows, which)
     ahead_n, start_n = rows.ahead_R[which], rows.start_R[which]
     guess_nM, found_n = lookup(rows, which, 1 + int(ahead_n.max()))
     if not found_n.any():
-        return autoregressive.next_work(rows, which)
+        return AUTOREGRESSIVE.next_work(rows, which)
     # an answer's last token is not run; nor is what has no place for its K/V
     most_n = np.minimum(np.minimum(rows.end_R[which] - 2, rows.room_R[which] - 1) - start_n, ahead_n) * found_n
     width_n = 1 + most_n * fixed_n
