@@ -120,7 +120,7 @@ def panels(path: Path, *shown: dict[str, Any]) -> None:
             axis.set_xticks(ticks, map(str, ticks))
             axis.minorticks_off()
         if names:
-            axis.tick_params("x", rotation=20)
+            plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
     plots._write(figure, path)
