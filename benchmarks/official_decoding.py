@@ -152,7 +152,8 @@ def decode(model: Any, prompts: list[list[int]], config: pb.DecodeConfig, way: W
             tokens[row] = ids[first : end + 1].tolist()
         going_R = end_R < 0
         if not going_R.any():
-            return pb.GenerateOutput(tokens, forwards, decode_forwards_R.tolist(), time.perf_counter() - started)
+            seconds, none = time.perf_counter() - started, [0] * len(tokens)  # are drafted
+            return pb.GenerateOutput(tokens, forwards, decode_forwards_R.tolist(), seconds, none, none)
         commit(start, start + D)
         forwards += 1
         decode_forwards_R[row_R] += 1

@@ -98,7 +98,7 @@ def test_serve_says_it_and_the_card_shows_it(served: tuple[str, Running]) -> Non
     url, process = served
     assert process.err.startswith(f"{LINE}parablock serves ")
     card = Client(url).models()[0]["parablock"]
-    assert card["modes"] == ["autoregressive"]
+    assert card["modes"] == ["autoregressive", "speculative"]
     body = {"messages": [{"role": "user", "content": QUESTION}]}
     answer = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()
     assert answer["parablock"]["tokens_per_forward"] < 1.1
