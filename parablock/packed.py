@@ -45,16 +45,18 @@ def pack(model: Model, *, int8: bool = False) -> None:
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if int8 and not available:
         raise ValueError("int8 needs a torch with oneDNN, and this one was built without; choose another dtype")
-    holders = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for parent in list(model.modules()) if available else []:
-        for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear and _can_be_packed(layer.weight):
-                if int8:
-                    setattr(parent, name, Int8Linear(layer))
-                else:
-                    _pack(layer, keep_plain=holders[id(layer.weight)] > 1)
     if int8:
+        unpack(model)
+        for parent in list(model.modules()):
+            for name, layer in list(parent.named_children()):
+                if type(layer) is nn.Linear and _is_plain(layer.weight):
+                    setattr(parent, name, Int8Linear(layer))
         model.requires_grad_(False)
+    elif available:
+        holders = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        for layer in model.modules():
+            if type(layer) is nn.Linear and _can_be_packed(layer.weight):
+                _pack(layer, keep_plain=holders[id(layer.weight)] > 1)
 
 
 def unpack(model: Model) -> None:
@@ -88,8 +90,8 @@ class PackedLinear(nn.Linear):
             return _product(x, self.number, self.out_features, x.dtype)
         if x.dtype != self.packed.dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(self.packed.dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _Differentiable.apply(x, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+        if torch.is_grad_enabled() and (x.requires_grad or self._trained):
+            return _Differentiable.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
@@ -109,9 +111,13 @@ class PackedLinear(nn.Linear):
         plain = nn.Parameter(self.packed.to_dense(), self.weight.requires_grad)
         return _in_place_of(self.weight, plain) if in_place else plain
 
+    @property
+    def _trained(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
     def train(self, mode: bool = True) -> Any:
         """A layer that is trained is an ordinary one again."""
-        if mode and self.weight.requires_grad:
+        if mode and self._trained:
             self.unpack()
         return nn.Linear.train(self, mode)
 
@@ -137,18 +143,18 @@ class PackedLinear(nn.Linear):
 
 
 class _Differentiable(torch.autograd.Function):
-    """The product, differentiable by its input; the weights have no derivative: no optimizer could change them."""
+    """The product, differentiable by its input alone: no optimizer could change the weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: PackedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
         return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        if ctx.needs_input_grad[1]:
+        if any(ctx.needs_input_grad[1:3]):
             raise RuntimeError("packed weights are not trained; call model.train() or parablock.unpack(model) first")
-        return gradient @ ctx.layer.packed.to_dense(), None, None
+        return gradient @ ctx.layer.packed.to_dense(), None, None, None
 
 
 class Int8Linear(nn.Module):
@@ -197,11 +203,13 @@ class Int8Linear(nn.Module):
         return self  # nothing in it ever changes
 
 
+def _is_plain(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.layout == torch.strided and weight.is_floating_point()
+
+
 def _can_be_packed(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.layout != torch.strided:
-        return False
     bf16 = weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bf16 or weight.dtype == torch.float32
+    return _is_plain(weight) and (bf16 or weight.dtype == torch.float32)
 
 
 def _pack(layer: nn.Linear, keep_plain: bool) -> None:

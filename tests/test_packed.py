@@ -131,6 +131,16 @@ def test_frozen_layers_stay_packed_in_training(model: Any) -> None:
         assert model(torch.tensor([ROWS[0]])).logits.isfinite().all()
 
 
+def test_a_trained_bias_over_a_frozen_weight() -> None:
+    layer = nn.Sequential(nn.Linear(8, 4))
+    layer[0].weight.requires_grad_(False)
+    pb.pack(layer.eval())
+    with pytest.raises(RuntimeError, match="packed weights are not trained"):
+        layer(torch.randn(2, 8)).sum().backward()
+    layer.train()(torch.randn(2, 8)).sum().backward()
+    assert torch.equal(layer[0].bias.grad, torch.full((4,), 2.0))
+
+
 def test_copies_other_dtypes_and_what_is_saved(tmp_path: Path) -> None:
     model = small_model(tie_word_embeddings=True)
     before = weights(model)
@@ -190,6 +200,13 @@ def test_8_bits_are_close_and_a_token_does_not_see_its_neighbours(dtype: torch.d
     error = (got.float() - exact).norm(dim=1) / exact.norm(dim=1)
     assert error.max() < 0.03
     assert torch.equal(rounded(x[:1] * 0).float(), layer.bias[None].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_any_weights_can_be_rounded(model: Any, dtype: torch.dtype) -> None:
+    pb.pack(model.to(dtype))
+    pb.pack(model, int8=True)
+    assert kinds(model) == {Int8Linear}
 
 
 def test_8_bits_are_for_good(model: Any, tmp_path: Path) -> None:
