@@ -67,12 +67,15 @@ def run_bench(
 
 
 def _random_workload(shape: str, block_size: int, dtype: str | None) -> Workload:
+    import torch
+
     from parablock.bench.shapes import random_model
-    from parablock.checkpoints.load import known_dtype
+    from parablock.checkpoints.load import weights_dtype
     from parablock.packed import pack
 
     device = _device()
-    weights = known_dtype("bfloat16" if dtype in (None, "int8") else dtype)
+    weights = weights_dtype(dtype, device)
+    weights = torch.bfloat16 if weights == "auto" else weights
     made = random_model(shape, block_size=block_size, dtype=weights, device=device)
     if device == "cpu":
         pack(made, int8=dtype == "int8")

@@ -49,28 +49,33 @@ def load(
 
     if device_map is None:
         device_map = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cpu = str(device_map) == "cpu"
-    if dtype == "int8" and not on_cpu:
-        raise ValueError(f"dtype='int8' is for a CPU, and the model goes to {device_map!r}; use quantization_config")
-    options = {"dtype": "auto" if dtype in (None, "int8") else known_dtype(dtype), "device_map": device_map}
+    options = {"dtype": weights_dtype(dtype, device_map), "device_map": device_map}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if checkpoint.base is not None:
         model, tokenizer = _load_adapter(checkpoint, checkpoint.base, options)
     else:
         model, tokenizer = _load_model(checkpoint, options, revision)
-    if on_cpu and quantization_config is None:
+    if str(device_map) == "cpu" and quantization_config is None:
         _suit_to_cpu(model, dtype, packed)
     return model.eval(), tokenizer
 
 
-def known_dtype(name: Any) -> Any:
-    """The torch dtype of that name (or "auto"); ValueError for another word."""
+def weights_dtype(dtype: Any, device: Any) -> Any:
+    """The torch dtype that weights are made in for `dtype`, as of `load`; "auto" where that is left to the checkpoint.
+
+    Raises:
+        ValueError: an unknown name, or 8-bit weights on another device than a CPU.
+    """
     import torch
 
-    if isinstance(name, str) and name not in ("float32", "bfloat16", "float16", "auto"):
-        raise ValueError(f"dtype {name!r} is unknown; use 'float32', 'bfloat16', 'float16', 'int8' or 'auto'")
-    return getattr(torch, name) if isinstance(name, str) and name != "auto" else name
+    if dtype == "int8" and str(device) != "cpu":
+        raise ValueError(f"dtype='int8' is for a CPU, and the model goes to {device!r}; use quantization_config")
+    if dtype in (None, "int8", "auto"):
+        return "auto"
+    if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r} is unknown; use 'float32', 'bfloat16', 'float16', 'int8' or 'auto'")
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _suit_to_cpu(model: Model, dtype: Any, packed: bool) -> None:
