@@ -8,13 +8,9 @@ import torch
 
 from parablock.settings import Model
 
-
-def _one_thread() -> float:
-    """Multiplications of a forward up to which one thread is the fastest (measured: docs/performance.md).
-
-    Threads that wait passively have to be woken for every operator.
-    """
-    return 4e9 if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else 5e7
+# multiplications of a forward up to which one thread is the fastest (measured: docs/performance.md); threads that wait
+# passively have to be woken for every operator
+PASSIVE, ACTIVE = 4e9, 5e7
 
 
 class Threads:
@@ -23,6 +19,7 @@ class Threads:
     def __init__(self, model: Model, asked: int | None = None) -> None:
         self.on_cpu = torch.device(model.device).type == "cpu"
         self.asked, self.all = asked, torch.get_num_threads()
+        self.passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
         self.weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
 
     @contextmanager
@@ -30,7 +27,7 @@ class Threads:
         """Within: as many as suit a forward over so many tokens. Other threads of the process keep their own number."""
         before = torch.get_num_threads()
         if self.on_cpu:
-            few = self.weights * tokens < _one_thread()
+            few = self.weights * tokens < (PASSIVE if self.passive else ACTIVE)
             torch.set_num_threads(self.asked or (1 if few else self.all))
         try:
             yield
