@@ -306,6 +306,7 @@ def test_wrong_options_are_one_line() -> None:
             (["--port", taken.getsockname()[1]], "choose another with --port"),
             (["--url", "http://127.0.0.1:9", "--port", free_port()], "parablock serve"),
             (["--url", "nonsense", "--port", free_port()], "url='nonsense'"),
+            (["--url", "http://127.0.0.1:9", "--dtype", "int8"], "start it with --dtype instead"),
             (["no/such/model", "--port", free_port()], "no/such/model"),
         ):
             out = run("app", *args)

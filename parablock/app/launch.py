@@ -25,6 +25,8 @@ def run_app(model: str | None, ar: str | None, url: str | None, host: str, port:
         ValueError: a wrong option, no server at `url`, or a model it does not have.
         OSError: the port is taken, or the page's own server did not start, or has ended.
     """
+    if url is not None and dtype is not None:
+        raise ValueError(f"dtype={dtype!r}: the server at {url} has loaded its models; start it with --dtype instead")
     key = os.environ.get("PARABLOCK_API_KEY") or None
     warn_if_open(_free_address(host, port), key)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing leaves this machine
