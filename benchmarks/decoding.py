@@ -1,4 +1,4 @@
-"""Batch-1 decoding speed at its accuracy: AR against block diffusion, each in its fastest dtype and thread count.
+"""Batch-1 decoding speed at its accuracy: AR against block diffusion, each in its fastest dtype.
 
     python benchmarks/decoding.py
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import common
 import pandas as pd
-import torch
 from rich.console import Console
 
 import parablock as pb
@@ -22,7 +21,6 @@ from parablock.evals.word_problems import test_problems
 
 def where_time_goes(contender: Any, prompts: list[list[int]]) -> dict[str, Any]:
     """Milliseconds per forward by query length, and the share of the time spent inside the model."""
-    torch.set_num_threads(contender.threads)
     model, rows, forward = contender.model, [], {}
 
     def began(module: Any, args: Any, kwargs: Any) -> None:

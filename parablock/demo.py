@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from parablock.bench.compare import Contender, Result, compare, fastest_setting
+from parablock.bench.compare import Contender, Result, compare, fastest
 from parablock.bench.plots import plot_denoising, plot_thresholds
 from parablock.checkpoints.load import load
 from parablock.data.chat import Sample, encode_prompt
@@ -183,22 +183,17 @@ def _decode(threshold: float, sub_block_size: int = 8) -> DecodeConfig:
 def contenders(
     ar: Any, diffusion: Any, live: _Live | None, tokenizer: Any, problem: Problem, console: Console
 ) -> list[Contender]:
-    """AR first; every mode with the dtype and thread count that are fastest for it on this machine."""
-    import torch
-
+    """AR first; every mode with the dtype that is fastest for it on this machine."""
     prompt = encode_prompt(tokenizer, problem.messages()[:1])
-    threads = sorted({1, torch.get_num_threads()})
-    with console.status("choosing each mode's fastest dtype and thread count"):
-        best_ar, ar_threads = fastest_setting(_dtypes(ar), AUTOREGRESSIVE, prompt, threads=threads)
-        best, best_threads = fastest_setting(_dtypes(diffusion), _decode(CHOSEN), prompt, threads=threads)
-    decoders = [Contender("autoregressive", best_ar, AUTOREGRESSIVE, ar_threads)]
+    with console.status("choosing each mode's fastest dtype"):
+        best_ar = fastest(_dtypes(ar), AUTOREGRESSIVE, prompt)
+        best = fastest(_dtypes(diffusion), _decode(CHOSEN), prompt)
+    decoders = [Contender("autoregressive", best_ar, AUTOREGRESSIVE)]
     if live is not None:
         model = live.model.to(best.dtype)
-        decoders.append(
-            Contender(f"live, {live.steps} steps, block {LIVE_RECIPE.block_size}", model, _decode(CHOSEN), best_threads)
-        )
-    decoders += [Contender(name_of(t), best, _decode(t), best_threads) for t in THRESHOLDS]
-    return decoders + [Contender(name_of(CHOSEN, s), best, _decode(CHOSEN, s), best_threads) for s in WIDER_SUB_BLOCKS]
+        decoders.append(Contender(f"live, {live.steps} steps, block {LIVE_RECIPE.block_size}", model, _decode(CHOSEN)))
+    decoders += [Contender(name_of(t), best, _decode(t)) for t in THRESHOLDS]
+    return decoders + [Contender(name_of(CHOSEN, s), best, _decode(CHOSEN, s)) for s in WIDER_SUB_BLOCKS]
 
 
 def name_of(threshold: float, sub_block_size: int = 8) -> str:
@@ -233,8 +228,8 @@ def print_table(results: Sequence[Result], console: Console) -> None:
             f"{r.speed_up:.2f}x",
         )
     console.print(table)
-    best = {r.name.split(",")[0]: f"{r.dtype}, {r.threads} thread{'s' * (r.threads > 1)}" for r in results}
-    console.print("[dim]fastest setting of each on this machine: " + "; ".join(f"{k}: {v}" for k, v in best.items()))
+    best = {r.name.split(",")[0]: r.dtype for r in results}
+    console.print("[dim]fastest dtype of each on this machine: " + "; ".join(f"{k}: {v}" for k, v in best.items()))
 
 
 def _print_end(results: Sequence[Result], folder: Path, report: Path, config: DemoConfig, console: Console) -> None:

@@ -4,8 +4,8 @@ Speed is compared only within one run: every problem is solved by every contende
 that rotates, so that whatever else the machine does hits all of them alike.
 """
 
+import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,12 +19,11 @@ from parablock.evals.word_problems import is_correct
 
 @dataclass(frozen=True)
 class Contender:
-    """A model with a way to decode it; `threads` is torch's intra-op thread count."""
+    """A model with a way to decode it."""
 
     name: str
     model: Any
     config: DecodeConfig
-    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Result:
 
     name: str
     dtype: str
-    threads: int
     problems: int
     accuracy: float
     standard_error: float
@@ -60,24 +58,17 @@ def compare(
     progress: Callable[[int], None] | None = None,
 ) -> list[Result]:
     """Let every contender solve every problem, batch 1; speed-ups are relative to the first contender."""
-    import torch
-
-    threads_before = torch.get_num_threads()
     outputs: list[list[GenerateOutput]] = [[] for _ in contenders]
-    try:
-        for number, problem in enumerate(problems):
-            prompt = encode_prompt(tokenizer, problem.messages()[:1])
-            for turn in range(len(contenders)):
-                which = (number + turn) % len(contenders)
-                contender = contenders[which]
-                torch.set_num_threads(contender.threads)
-                if number == 0:
-                    generate(contender.model, prompt, replace(contender.config, max_new_tokens=8))  # warm up
-                outputs[which].append(generate(contender.model, prompt, contender.config))
-            if progress:
-                progress(number + 1)
-    finally:
-        torch.set_num_threads(threads_before)
+    for number, problem in enumerate(problems):
+        prompt = encode_prompt(tokenizer, problem.messages()[:1])
+        for turn in range(len(contenders)):
+            which = (number + turn) % len(contenders)
+            contender = contenders[which]
+            if number == 0:
+                generate(contender.model, prompt, replace(contender.config, max_new_tokens=8))  # warm up
+            outputs[which].append(generate(contender.model, prompt, contender.config))
+        if progress:
+            progress(number + 1)
     return [
         _result(contender, tokenizer, problems, mine, outputs[0])
         for contender, mine in zip(contenders, outputs, strict=True)
@@ -100,7 +91,6 @@ def _result(
     return Result(
         name=contender.name,
         dtype=str(contender.model.dtype).removeprefix("torch."),
-        threads=contender.threads,
         problems=len(problems),
         accuracy=accuracy,
         standard_error=(accuracy * (1 - accuracy) / len(problems)) ** 0.5,
@@ -112,25 +102,12 @@ def _result(
     )
 
 
-def fastest_setting(
-    models: Sequence[Any], config: DecodeConfig, prompt: list[int], *, threads: Sequence[int], repeats: int = 5
-) -> tuple[Any, int]:
-    """Which of `models` (one per dtype) and of `threads` decodes `prompt` fastest: the best of `repeats` each."""
-    import torch
-
-    threads_before = torch.get_num_threads()
-    best: dict[tuple[int, int], float] = {}
-    config = replace(config, max_new_tokens=32, stop_token_ids=())  # the same number of tokens at every setting
-    try:
-        for _ in range(repeats):
-            for number, model in enumerate(models):
-                for count in threads:
-                    torch.set_num_threads(count)
-                    started = time.perf_counter()
-                    out = generate(model, prompt, config)
-                    seconds = (time.perf_counter() - started) / out.forwards
-                    best[number, count] = min(seconds, best.get((number, count), seconds))
-    finally:
-        torch.set_num_threads(threads_before)
-    number, count = min(best, key=lambda setting: best[setting])
-    return models[number], count
+def fastest(models: Sequence[Any], config: DecodeConfig, prompt: list[int], *, repeats: int = 5) -> Any:
+    """Which of `models` (one per dtype) decodes `prompt` fastest: the best of `repeats` each."""
+    best = [math.inf] * len(models)
+    config = replace(config, max_new_tokens=32, stop_token_ids=())  # the same number of tokens with every model
+    for _ in range(repeats):
+        for number, model in enumerate(models):
+            out = generate(model, prompt, config)
+            best[number] = min(best[number], out.seconds / out.forwards)
+    return models[best.index(min(best))]
