@@ -46,7 +46,7 @@ class DecodeConfig:
         help="For 'speculative': how many tokens to draft. Default: up to 7, as many as pay (under load none).",
     )
     draft_threshold: float = setting(
-        0.1, help="For 'speculative': drafts are verified while all up to them are right with more than this [0, 1)."
+        0.0, help="For 'speculative': drafts are verified while all up to them are right with more than this [0, 1)."
     )
     stop_token_ids: tuple[int, ...] | None = setting(
         None, help="Token ids that end the answer (repeatable). Default: the checkpoint's own."

@@ -54,7 +54,8 @@ class Runner:
         # as the layers of a window see them (0: without one, or where it hides nothing yet)
         self._inputs: dict[torch.device, tuple[Tensor, dict[int, list[GroupInputs]]]] = {}
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device)  # keeps the model from making one
-        self._forward: dict[bool, Any] = dict.fromkeys((False, True), self._call_model)  # with masks or without
+        self._forward: Any = self._call_model
+        self._forward_with_masks: Any = self._call_model  # compiled apart: what a gate does then
         self._graphs = Graphs(self.device) if config.cuda_graphs else None
         register_runner(number, self)
         lend_attention(model)
@@ -66,7 +67,7 @@ class Runner:
             self.close()
             raise
         if config.compile:
-            self._forward = {masks: self._compiled() for masks in self._forward}
+            self._forward, self._forward_with_masks = self._compiled(), self._compiled()
 
     def _compiled(self) -> Any:
         """The model's forward in one compiled graph.
@@ -150,7 +151,8 @@ class Runner:
             wanted_M = positions_T[:1] * 0
         masks = any(shape.owns for _, shapes in views for shape in shapes)
         with closed(self.gate, unless=masks):
-            logits: Tensor = self._forward[masks](ids_T[None], positions_T[None], wanted_M.to(self.last_device))[0]
+            forward = self._forward_with_masks if masks else self._forward
+            logits: Tensor = forward(ids_T[None], positions_T[None], wanted_M.to(self.last_device))[0]
         return logits
 
     def _inputs_on(self, device: torch.device) -> tuple[Tensor, dict[int, list[GroupInputs]]]:
