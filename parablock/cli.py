@@ -74,14 +74,9 @@ def chat(
     """Talk to a model in the terminal."""
     config = DecodeConfig(**given)
     announce(look(model), config)
-    from rich.console import Console
-
     from parablock.app.terminal import chat as converse
-    from parablock.checkpoints.load import load
 
-    loaded, tokenizer = load(model, dtype=dtype)
-    keep = model not in BUNDLED_MODELS if history is None else history
-    converse(loaded, tokenizer, config, Console(highlight=False), history=keep)
+    converse(model, config, history=model not in BUNDLED_MODELS if history is None else history, dtype=dtype)
 
 
 @app.command("app")

@@ -34,11 +34,13 @@ def answer_once(model: str, text: str, config: DecodeConfig, *, raw: bool, as_js
         print(answer)
 
 
-def chat(model: Any, tokenizer: Any, config: DecodeConfig, console: Console, *, history: bool) -> None:
+def chat(model: str, config: DecodeConfig, *, history: bool, dtype: str | None) -> None:
     """Read questions until `exit` or the end of input.
 
     `clear` forgets the conversation; with `history=False` every question stands alone.
     """
+    loaded, tokenizer = load(model, dtype=dtype)
+    console = Console(highlight=False)
     with contextlib.suppress(ImportError):  # not on Windows; input() works without
         import readline  # noqa: F401  (arrow keys and history in input())
     console.print("[dim]type a question; 'clear' forgets the conversation, 'exit' leaves[/]")
@@ -57,7 +59,7 @@ def chat(model: Any, tokenizer: Any, config: DecodeConfig, console: Console, *, 
             continue
         messages.append({"role": "user", "content": question})
         try:
-            answer = _answer(model, tokenizer, messages, config, console)
+            answer = _answer(loaded, tokenizer, messages, config, console)
         except ValueError as error:
             console.print(f"{error} ('clear' forgets the conversation)", style="red", markup=False)
             messages.pop()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from parablock.batch.output import FEW, AnswerFile, Tally
-from parablock.batch.running import Answer, Failure, answers
+from parablock.batch.running import Answer, EngineStoppedError, Failure, answers
 from parablock.checkpoints.load import load
 from parablock.data.prompts import count_lines, read_prompts
 from parablock.decoding.config import DecodeConfig
@@ -44,7 +44,6 @@ def run_batch(
     Raises:
         ValueError: no such file, an `output` that is finished, written by another process or begun by another job,
             or settings the model cannot serve.
-        RuntimeError: the engine has stopped; the same call goes on.
     """
     console = Console(highlight=False)
     engine_config = EngineConfig(max_rows=max_rows, block_size=config.block_size)
@@ -70,10 +69,11 @@ def run_batch(
                     if answer is not None:
                         file.write(answer.record())
                     progress.advance(answer)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, EngineStoppedError) as error:
+            why = str(error) or "stopped"
             done = f"{len(file.lines)} of {total or 'all'} lines are done"
-            print(f"parablock: stopped; {done}, the same command goes on (from {file.part})", file=sys.stderr)
-            return 130
+            print(f"parablock: {why}; {done}, the same command goes on (from {file.part})", file=sys.stderr)
+            return 1 if isinstance(error, EngineStoppedError) else 130
         file.finish()
     _tell(file.tally, output, progress, console)
     return 1 if file.tally.failed else 0

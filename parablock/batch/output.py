@@ -116,8 +116,10 @@ class AnswerFile:
         self._job_file.unlink()
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self.path.exists():
-            with suppress(OSError):
-                os.unlink(self._lock.lock_file)
-        self._lock.release()
+        try:
+            self._file.close()
+        finally:
+            if self.path.exists():
+                with suppress(OSError):
+                    os.unlink(self._lock.lock_file)
+            self._lock.release()

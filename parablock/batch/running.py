@@ -18,6 +18,10 @@ IN_FLIGHT = 4  # requests that run or wait in the engine, in rows of it
 PAUSE = 10.0  # seconds without an end that a caller hears of
 
 
+class EngineStoppedError(RuntimeError):
+    """Nothing can be run any more."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the engine made of a prompt; `tokens` of the answer, which took so many decode `forwards`."""
@@ -59,7 +63,7 @@ def answers(
     The engine is always given more than it has rows for, and never more than `IN_FLIGHT` times that.
 
     Raises:
-        RuntimeError: the engine has stopped.
+        EngineStoppedError: the engine has stopped.
     """
     waiting = iter(prompts)
     running: dict[int, tuple[Prompt, Handle]] = {}
@@ -107,4 +111,4 @@ def encode(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 def _require_running(engine: Engine) -> None:
     if engine.closed:
-        raise RuntimeError(f"the engine has stopped ({engine.error}); the same command goes on where it was")
+        raise EngineStoppedError(f"the engine has stopped ({engine.error})")
