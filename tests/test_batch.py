@@ -92,7 +92,7 @@ def test_what_was_stopped_goes_on(bundled: Any, tmp_path: Path, how: int) -> Non
         process.send_signal(how)
         assert process.wait() == (130 if how == signal.SIGINT else -signal.SIGKILL)
         if how == signal.SIGINT:
-            assert "of 40 lines are done, the same command goes on" in process.err
+            assert "of 40 lines are done, the same command goes on from there" in process.err
     kept = part.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     assert 3 <= kept.count(b"\n") < 40
@@ -173,6 +173,7 @@ def test_adapt_learns_an_answer_and_its_end_only_where_it_has_one(bundled: Any, 
         (["--limit", "0"], "limit=0"),
         (["--max-new-tokens", "600"], "max_new_tokens=600"),
         (["none"], "there is no file at"),
+        (["empty"], "is empty; it needs at least one line"),
     ],
 )
 def test_refusals(change: list[str], message: str, tmp_path: Path) -> None:
@@ -189,6 +190,8 @@ def test_refusals(change: list[str], message: str, tmp_path: Path) -> None:
         (tmp_path / "answers.jsonl.job").unlink()
     elif change == ["none"]:
         prompts.unlink()
+    elif change == ["empty"]:
+        prompts.write_text("\n")
     elif change == ["locked"]:
         file.__enter__()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".lock"}
@@ -199,7 +202,7 @@ def test_refusals(change: list[str], message: str, tmp_path: Path) -> None:
     assert (out.returncode, len(told)) == (2, 1), out.stderr
     assert message in told[0]
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".lock"}
-    assert {name: left[name] for name in before} == before
+    assert left == before  # one that could not begin leaves nothing behind
     assert not output.exists()
 
 

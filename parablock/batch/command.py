@@ -55,8 +55,10 @@ def run_batch(
         "model": model, "dtype": dtype, "decoding": asdict(config), "prompts": prompts.name, "bytes": size,
         "limit": limit,
     }  # fmt: skip
+    total = None if size > COUNTED else min(count_lines(prompts), limit or sys.maxsize)
+    if total == 0:
+        raise ValueError(f"{str(prompts)!r} is empty; it needs at least one line")
     with AnswerFile(output, job) as file:
-        total = None if size > COUNTED else min(count_lines(prompts), limit or sys.maxsize)
         progress = _Progress(console, total, len(file.lines))
         try:
             loaded, tokenizer = load(model, dtype=dtype)
@@ -72,7 +74,7 @@ def run_batch(
         except (KeyboardInterrupt, EngineStoppedError) as error:
             why = str(error) or "stopped"
             done = f"{len(file.lines)} of {total or 'all'} lines are done"
-            print(f"parablock: {why}; {done}, the same command goes on (from {file.part})", file=sys.stderr)
+            print(f"parablock: {why}; {done}, the same command goes on from there", file=sys.stderr)
             return 1 if isinstance(error, EngineStoppedError) else 130
         file.finish()
     _tell(file.tally, output, progress, console)

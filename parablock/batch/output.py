@@ -64,7 +64,7 @@ class AnswerFile:
         except Timeout:
             raise ValueError(f"another process writes {str(self.path)!r}; wait for it, or name another file") from None
         try:
-            if self.part.exists():
+            if self.part.exists() and self.part.stat().st_size:
                 self._resume()
             else:
                 given = self._job["decoding"]["seed"]
@@ -118,8 +118,10 @@ class AnswerFile:
     def __exit__(self, *_: object) -> None:
         try:
             self._file.close()
+            if not self.lines:  # a beginning that nobody has to go on with
+                self.part.unlink(missing_ok=True)
+                self._job_file.unlink(missing_ok=True)
         finally:
-            if self.path.exists():
-                with suppress(OSError):
-                    os.unlink(self._lock.lock_file)
+            with suppress(OSError):
+                os.unlink(self._lock.lock_file)
             self._lock.release()
