@@ -67,7 +67,7 @@ def base_name(model: Model) -> str:
     target: str = model.config._name_or_path
     if not target:
         raise ValueError(
-            "the model does not say what it was loaded from, so an adapter would have no base; save it first"
+            "an adapter names its base, and this model does not say where it was loaded from; save it first"
         )
     if not Path(target).is_dir():
         return target
