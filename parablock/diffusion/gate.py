@@ -5,7 +5,8 @@ was adapted acts on mask tokens alone, token by token within one forward. Mask t
 no tokenizer makes one and no head predicts one; by its id every part of the gate knows a masked position.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,18 @@ def gate_of(model: Model) -> Gate | None:
     """The gate that is attached to a model."""
     gate: Gate | None = model._modules.get(GATE)
     return gate
+
+
+@contextmanager
+def closed(gate: Gate | None, *, unless: bool = False) -> Iterator[None]:
+    """Within: forwards without masks, unless there are some; nothing of the gate is computed."""
+    if gate is not None:
+        gate.closed = not unless
+    try:
+        yield
+    finally:
+        if gate is not None:
+            gate.closed = False
 
 
 def new_gate(
