@@ -1,6 +1,8 @@
 """The loss of causal context: against one dense sequence through the stock model, and what it must leave alone."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,15 @@ from conftest import ar_model, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from official_layout import additive
+from safetensors.torch import load_file
 from test_windows import capped, windowed
 from torch import Tensor
 from torch.nn import functional as F
+from train_worker import CONFIG, samples
+from transformers import TrainerCallback
 
 import parablock as pb
+from parablock.checkpoints.look import BUNDLED
 from parablock.diffusion.drafting import accepted_drafts
 from parablock.diffusion.gate import attach, gate_of, new_gate
 from parablock.diffusion.support import layer_masks
@@ -180,3 +186,70 @@ def test_bad_arguments_are_named() -> None:
         pb.draft_loss(model, **{**rows, "anchors": rows["anchors"][:, :4]}, block_size=D)
     with pytest.raises(ValueError, match="no anchor"):
         pb.draft_loss(model, **{**rows, "anchors": rows["anchors"] & False}, block_size=D)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(BUNDLED / "diffusion")
+
+
+CAUSAL = replace(CONFIG, context="causal", optimizer="adamw", anchors=4, lr=2e-2)
+
+
+def fresh() -> Any:
+    """A small model with a gate that changes nothing yet."""
+    model = ar_model(initializer_range=0.05)
+    attach(model, new_gate(model, draft_tokens=3, rank=4, alpha=8))
+    return model
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer: Any, tmp_path: Path) -> None:
+    model, base = fresh(), ar_model(initializer_range=0.05)
+    losses: list[float] = []
+    progress = lambda _, logs: losses.append(logs["loss"]) if "loss" in logs else None  # noqa: E731
+    pb.train(model, tokenizer, samples(60), CAUSAL, tmp_path, progress=progress)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in base.named_parameters())
+    assert model.config.bd_size is None
+    ids = torch.arange(20)[None]
+    assert torch.equal(model(ids).logits, base(ids).logits)
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(tokenizer: Any, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    config = replace(CAUSAL, steps=8, save_every=4)
+    whole = pb.train(fresh(), tokenizer, samples(60), config, tmp_path / "whole")
+    pb.train(fresh(), tokenizer, samples(60), config, tmp_path / "parts", callbacks=[Stop()])
+    written = load_file(tmp_path / "parts" / "checkpoint-4" / "model.safetensors")
+    gate = gate_of(whole)
+    assert gate is not None
+    assert written.keys() == gate.state_dict().keys()  # and nothing of the base
+    again = pb.train(fresh(), tokenizer, samples(60), config, tmp_path / "parts", resume=True)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in whole.named_parameters())
+
+
+def test_accumulated_rows_and_checkpointed_layers_train_the_same(tokenizer: Any, tmp_path: Path) -> None:
+    trained = []
+    for changes in ({}, {"micro_batch_size": 2}, {"gradient_checkpointing": True}):
+        config = replace(CAUSAL, steps=3, **changes)
+        model = pb.train(fresh(), tokenizer, samples(60), config, tmp_path / str(changes))
+        trained.append(gate_of(model))
+    for other in trained[1:]:
+        for a, b in zip(trained[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_what_would_be_trained_wrongly_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model has none; attach"):
+        pb.train(ar_model(), tokenizer, samples(6), CAUSAL, tmp_path)
+    with pytest.raises(ValueError, match=r"draft_tokens=5 .* fills 3 at once"):
+        pb.train(fresh(), tokenizer, samples(6), replace(CAUSAL, draft_tokens=5), tmp_path)
+    model = fresh().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing would run layers again"):
+        pb.draft_loss(model, **batch(6, [[1]]), block_size=D)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from parablock.diffusion.attention import attention_weights
 from parablock.diffusion.gate import Gate, gate_of
 from parablock.diffusion.masks import near
-from parablock.diffusion.objective import causal_inputs, head_logits, summed_cross_entropy
+from parablock.diffusion.objective import causal_inputs, head_logits, is_checkpointed, summed_cross_entropy
 from parablock.diffusion.support import attention as using_attention
 from parablock.diffusion.support import layer_windows, require_supported_layers
 from parablock.settings import Model
@@ -39,6 +39,7 @@ def draft_loss(
     samples: Tensor | None = None,
     gamma: float = 0.85,
     num_items: Tensor | int | None = None,
+    rerun_alike: bool = False,
 ) -> Tensor:
     """What the masks of a gated model learn in causal context: to draft the tokens that the model would say itself.
 
@@ -55,14 +56,19 @@ def draft_loss(
         gamma: what the j-th draft counts is `gamma ** (j - 1)`: later ones are reached less often.
         num_items: what the summed loss is divided by; by default the number of anchors (pass the whole accumulated
             batch's count when accumulating gradients).
+        rerun_alike: that the caller's gradient checkpointing re-runs layers with the attention and the masks that they
+            first ran with, when this call is over (`train` does).
 
     Returns:
         A scalar, float32: the weighted cross-entropy in nats, mean over anchors.
 
     Raises:
-        ValueError: shapes that do not fit, no anchors, or a model without a gate.
+        ValueError: shapes that do not fit, no anchors, a model without a gate, or with gradient checkpointing.
     """
     _check(input_ids, labels, anchors)
+    if model.training and is_checkpointed(model) and not rerun_alike:
+        remedy = "train with pb.train, or without it"
+        raise ValueError(f"gradient checkpointing would run layers again when the masks are forgotten; {remedy}")
     drafts = _Drafts.run(model, input_ids, anchors, block_size, samples)
     row_Ak, target_Ak = drafts.row[:, None].expand_as(drafts.place), drafts.place + 1
     learned = target_Ak < drafts.end[:, None]

@@ -6,7 +6,7 @@ stream, blocks that equal their clean copy and clean blocks that nobody reads ar
 positions only, in chunks. The loss is the same number.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -155,8 +155,7 @@ def _check(
 def hidden_states(model: Model, ids: Tensor, layout: Units, attention: Attention | None = None) -> Tensor:
     """One forward of the decoder over all units: `[1, T]` -> `[T, hidden]`."""
     if attention is None:
-        # flags set by gradient_checkpointing_enable, whatever this version of transformers calls it
-        if model.training and any(m.gradient_checkpointing for m in _checkpointed_modules(model)):
+        if model.training and is_checkpointed(model):
             attention = "dense"
         elif ids.device.type == "cuda":
             attention = "flex" if model._supports_flex_attn else "dense"
@@ -176,8 +175,9 @@ def hidden_states(model: Model, ids: Tensor, layout: Units, attention: Attention
     return hidden
 
 
-def _checkpointed_modules(model: Model) -> Iterator[Any]:
-    return (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+def is_checkpointed(model: Model) -> bool:
+    """Whether layers run again in the backward pass (whatever this version of transformers calls it)."""
+    return any(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
 def _shifted_targets(
