@@ -1,6 +1,5 @@
 """The `parablock` command: parse, call, print. Heavy imports happen inside the commands."""
 
-import json
 import os
 import sys
 import warnings
@@ -13,10 +12,11 @@ from parablock import __version__
 from parablock.bench.config import BenchConfig
 from parablock.checkpoints.look import BUNDLED_MODELS, announce, look
 from parablock.decoding.config import DecodeConfig
+from parablock.engine.config import EngineConfig
 from parablock.evals.config import EvalConfig
 from parablock.options import NOTHING, Given, options
 from parablock.server.config import ServeConfig
-from parablock.settings import require_library
+from parablock.settings import help_of, require_library
 from parablock.training.config import AdaptConfig
 
 app = typer.Typer(
@@ -55,27 +55,9 @@ def generate(
     if not text.strip():
         raise ValueError("the prompt is empty; pass it as an argument or on stdin")
     announce(look(model), config)
-    from parablock.checkpoints.load import load
-    from parablock.data.chat import encode_prompt
-    from parablock.decoding.generate import generate as decode
+    from parablock.app.terminal import answer_once
 
-    loaded, tokenizer = load(model, dtype=dtype)
-    if raw or tokenizer.chat_template is None:
-        ids = tokenizer(text)["input_ids"]
-    else:
-        ids = encode_prompt(tokenizer, [{"role": "user", "content": text.strip()}])
-    out = decode(loaded, ids, config)
-    answer = tokenizer.decode(out.tokens[0], skip_special_tokens=True)
-    if as_json:
-        figures = {
-            "new_tokens": out.new_tokens, "forwards": out.forwards, "seconds": round(out.seconds, 4),
-            "tokens_per_forward": round(out.tokens_per_forward, 3),
-            "tokens_per_second": round(out.tokens_per_second, 1),
-            "drafted": out.drafted[0], "accepted": out.accepted[0],
-        }  # fmt: skip
-        print(json.dumps({"model": model, "text": answer, "tokens": out.tokens[0], **figures}, ensure_ascii=False))
-    else:
-        print(answer)
+    answer_once(model, text, config, raw=raw, as_json=as_json, dtype=dtype)
 
 
 @app.command()
@@ -92,14 +74,9 @@ def chat(
     """Talk to a model in the terminal."""
     config = DecodeConfig(**given)
     announce(look(model), config)
-    from rich.console import Console
-
     from parablock.app.terminal import chat as converse
-    from parablock.checkpoints.load import load
 
-    loaded, tokenizer = load(model, dtype=dtype)
-    keep = model not in BUNDLED_MODELS if history is None else history
-    converse(loaded, tokenizer, config, Console(highlight=False), history=keep)
+    converse(model, config, history=model not in BUNDLED_MODELS if history is None else history, dtype=dtype)
 
 
 @app.command("app")
@@ -175,7 +152,7 @@ def adapt(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A checkpoint or LoRA adapter: directory, hub id, 'bundled'.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint or adapter: directory, hub id, 'bundled'.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new directory.")],
     layout: Annotated[
         str,
@@ -253,6 +230,27 @@ def evaluate(
     from parablock.evals.command import run_eval
 
     run_eval(model, config, decoding, console, output, dtype=dtype, compile=compiled)
+
+
+@app.command()
+@decode_options
+def batch(
+    prompts: Annotated[
+        Path, typer.Argument(help="A JSONL file: messages, a prompt, or a dataset's question per line.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL file of answers; adapt reads it.")],
+    model: ModelOption = "bundled",
+    dtype: DtypeOption = None,
+    max_rows: Annotated[int, typer.Option(help=help_of(EngineConfig, "max_rows"))] = 32,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts. Default: all.")] = None,
+    given: Given = NOTHING,
+) -> None:
+    """Answer all prompts of a file; started again after a kill, it goes on where it was."""
+    config = DecodeConfig(**given)
+    announce(look(model), config)
+    from parablock.batch.command import run_batch
+
+    raise typer.Exit(run_batch(model, prompts, output, config, dtype=dtype, max_rows=max_rows, limit=limit))
 
 
 @app.command()

@@ -15,7 +15,8 @@ from parablock.training.config import AdaptConfig, TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 CLASSES = {  # and where they are read
-    DecodeConfig: "`parablock generate`, `chat`, `eval`; `pb.generate`, `pb.stream`, `pb.Engine`; requests to a server",
+    DecodeConfig: "`parablock generate`, `chat`, `batch`, `eval`; `pb.generate`, `pb.stream`, `pb.Engine`; requests to "
+    "a server",
     TrainConfig: "`pb.train`",
     AdaptConfig: "`parablock adapt` and its recipes, with all settings of `TrainConfig`; those that are new or differ",
     EngineConfig: "`pb.Engine`",

@@ -15,7 +15,7 @@ import parablock as pb
 from parablock.decoding.decoder import begin, next_work
 from parablock.decoding.drafts import lookup
 from parablock.decoding.modes import speculative
-from parablock.decoding.pace import Pace
+from parablock.decoding.pace import SURE, WIDTHS_W1, Pace, choose_widths
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import settle
 
@@ -99,7 +99,8 @@ def pace_of(seconds: Callable[[int], float], drafts: Callable[[int], float] | No
 
 def widths(pace: Pace, chances: list[float], *, rows: int = 0, most: int = 7) -> list[int]:
     ones, most_k = np.ones(rows or len(chances), dtype=int), np.full(len(chances), most)
-    return speculative._widths(pace, ones, np.array(chances), most_k).tolist()
+    value_kC = np.array(chances)[:, None] ** np.arange(1, 32) * (np.arange(31) < most)
+    return choose_widths(pace, ones, value_kC, most_k).tolist()
 
 
 def flat(tokens: int) -> float:
@@ -112,8 +113,8 @@ def bent(tokens: int) -> float:
 
 def test_drafts_are_as_long_as_pays() -> None:
     assert widths(pace_of(flat), [0.9, 0.5, 0.2]) == [8, 8, 8]
-    assert widths(pace_of(flat), [0.9], most=6) == [4]
-    assert widths(pace_of(flat), [0.9], most=0) == [1]
+    assert widths(pace_of(flat), [0.9], most=6) == [7]
+    assert widths(pace_of(flat), [0.99], most=31) == [32]
     assert widths(pace_of(float), [0.9, 0.99]) == [1, 1]  # every token costs as much as the first
     assert widths(pace_of(lambda tokens: 32.0 + tokens), [0.3]) == [4]
     assert widths(pace_of(bent), [0.6] * 8) == [8] * 8
@@ -143,15 +144,15 @@ def test_no_other_choice_makes_more_tokens_per_second(
 
     numbers = range(len(chances))
     groups = [group for count in numbers for group in itertools.combinations(numbers, count + 1)]
-    best = max(rate(width, group) for width in (2, 4, 8) for group in groups)
+    best = max(rate(width, group) for width in WIDTHS_W1[:3, 0].tolist() for group in groups)
     chosen = widths(pace, chances, rows=n)
     drafting = tuple(k for k in numbers if chosen[k] > 1)
     assert len({chosen[k] for k in drafting}) <= 1
     if drafting:
         assert rate(chosen[drafting[0]], drafting) == pytest.approx(best)
-        assert best > speculative.SURE * rate(1, ())
+        assert best > SURE * rate(1, ())
     else:
-        assert best <= speculative.SURE * rate(1, ()) * (1 + 1e-9)
+        assert best <= SURE * rate(1, ()) * (1 + 1e-9)
 
 
 def test_forwards_with_drafts_are_measured_apart() -> None:
@@ -190,7 +191,7 @@ def test_where_guesses_are_wrong_nothing_is_drafted_until_they_are_right(monkeyp
     assert set(drafted[40:60]) == {0}
     assert len([step for step in looked if 40 <= step < 60]) == 4  # and hardly looked for
     assert drafted[-1] == 7
-    assert rows.accepted_R[0] == sum(drafted[60:])
+    assert rows.accepted_RS[0].tolist() == [0, sum(drafted[60:])]
     assert rows.pace.chance > 0.5
     begin(rows, 0, [1, 2], SPECULATIVE)
     assert rows.chance_R[0] == rows.pace.chance  # a new row begins with what is known of others

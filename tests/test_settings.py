@@ -45,6 +45,7 @@ def test_the_document_is_current() -> None:
     [
         ("generate", DecodeConfig, ()),
         ("chat", DecodeConfig, ()),
+        ("batch", DecodeConfig, ()),
         ("eval", DecodeConfig, ()),
         ("eval", EvalConfig, ()),
         ("bench", BenchConfig, ()),

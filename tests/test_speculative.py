@@ -152,10 +152,10 @@ def test_any_drafts_in_any_schedule_give_the_same_tokens(
                 assert handle.tokens == expected[: len(handle.tokens)]
             else:
                 assert handle.result() == expected
-            assert handle.accepted <= handle.drafted
+            assert handle.accepted["lookup"] <= handle.drafted["lookup"]
         assert empty(engine)
-        assert engine.stats["drafted"] == sum(handle.drafted for handle, *_ in running)
-        assert engine.stats["accepted"] == sum(handle.accepted for handle, *_ in running)
+        assert engine.stats["drafted"] == sum(handle.drafted["lookup"] for handle, *_ in running)
+        assert engine.stats["accepted"] == sum(handle.accepted["lookup"] for handle, *_ in running)
 
 
 @pytest.mark.usefixtures("perfect")

@@ -1,21 +1,46 @@
-"""`parablock chat`: a conversation in the terminal; answers appear as they are decoded."""
+"""`parablock generate`, one answer, and `chat`: a conversation in the terminal; answers appear as they are decoded."""
 
 import contextlib
+import json
 import time
 from typing import Any
 
 from rich.console import Console
 
+from parablock.checkpoints.load import load
 from parablock.data.chat import encode_prompt
 from parablock.decoding.config import DecodeConfig
-from parablock.decoding.generate import stream
+from parablock.decoding.generate import generate, stream
 
 
-def chat(model: Any, tokenizer: Any, config: DecodeConfig, console: Console, *, history: bool) -> None:
+def answer_once(model: str, text: str, config: DecodeConfig, *, raw: bool, as_json: bool, dtype: str | None) -> None:
+    """Print the answer to a prompt (`raw`: without the chat template), or one JSON object with text and figures."""
+    loaded, tokenizer = load(model, dtype=dtype)
+    if raw or tokenizer.chat_template is None:
+        ids = tokenizer(text)["input_ids"]
+    else:
+        ids = encode_prompt(tokenizer, [{"role": "user", "content": text.strip()}])
+    out = generate(loaded, ids, config)
+    answer = tokenizer.decode(out.tokens[0], skip_special_tokens=True)
+    if as_json:
+        figures = {
+            "new_tokens": out.new_tokens, "forwards": out.forwards, "seconds": round(out.seconds, 4),
+            "tokens_per_forward": round(out.tokens_per_forward, 3),
+            "tokens_per_second": round(out.tokens_per_second, 1),
+            "drafted": out.drafted[0], "accepted": out.accepted[0],
+        }  # fmt: skip
+        print(json.dumps({"model": model, "text": answer, "tokens": out.tokens[0], **figures}, ensure_ascii=False))
+    else:
+        print(answer)
+
+
+def chat(model: str, config: DecodeConfig, *, history: bool, dtype: str | None) -> None:
     """Read questions until `exit` or the end of input.
 
     `clear` forgets the conversation; with `history=False` every question stands alone.
     """
+    loaded, tokenizer = load(model, dtype=dtype)
+    console = Console(highlight=False)
     with contextlib.suppress(ImportError):  # not on Windows; input() works without
         import readline  # noqa: F401  (arrow keys and history in input())
     console.print("[dim]type a question; 'clear' forgets the conversation, 'exit' leaves[/]")
@@ -34,7 +59,7 @@ def chat(model: Any, tokenizer: Any, config: DecodeConfig, console: Console, *, 
             continue
         messages.append({"role": "user", "content": question})
         try:
-            answer = _answer(model, tokenizer, messages, config, console)
+            answer = _answer(loaded, tokenizer, messages, config, console)
         except ValueError as error:
             console.print(f"{error} ('clear' forgets the conversation)", style="red", markup=False)
             messages.pop()

@@ -17,7 +17,8 @@ def to_chat(row: Mapping[str, Any]) -> list[Message] | str:
 
     Recognised by the columns: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`,
     `output`, `prompt` and `completion` (strings or messages), `question` and `answer` (GSM8K), Llama-Nemotron's `input`
-    (messages or a string) and `output`, with or without a `system_prompt`, and `text`.
+    (messages or a string) and `output`, with or without a `system_prompt`, and `text`. A line of `parablock batch` that
+    tells an `error` has no messages.
 
     Raises:
         ValueError: other columns, or a role that is none; it names what it found and what it expects.
@@ -35,6 +36,8 @@ def to_chat(row: Mapping[str, Any]) -> list[Message] | str:
             return _turn(row[question], row[answer], row)
     if "text" in columns:
         return str(row["text"])
+    if "error" in columns:
+        return []
     raise ValueError(f"the columns {', '.join(sorted(columns)) or '(none)'} are no known format; expected {EXPECTED}")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ SHORTHANDS = {
     "nemotron": "nvidia/Llama-Nemotron-Post-Training-Dataset:SFT@math+code+science+chat+safety",
 }
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+JSON_LINE = "a line of JSON"  # the one column of a JSONL file
 BUNDLED_TASK = "word-problems"
 KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN = "kept", "truncated", "too long", "nothing to learn"
 
@@ -81,7 +83,7 @@ def load_data(
     rows = _rows(spec, max_samples, streaming)
     if not len(rows):
         raise ValueError(f"data={spec!r} has no rows; check the file, or the split")
-    to_chat(rows[0])  # unknown columns are told at once, not by a worker
+    to_chat(_row(rows[0]))  # unknown columns are told at once, not by a worker
     encode = {"tokenizer": tokenizer, "context_length": context_length, "too_long": too_long}
     key = _key(rows, tokenizer, context_length, too_long)
     with FileLock(f"{rows.cache_files[0]['filename'] if rows.cache_files else tempfile.gettempdir()}.{key}.lock"):
@@ -122,6 +124,8 @@ def _rows(spec: str, max_samples: int | None, streaming: bool) -> Any:
             raise ValueError(f"data={spec!r} is empty; it needs at least one row")
         name = str(kinds.pop())
         options = {"data_files": [str(f) for f in files], "split": "train"}
+        if all(f.suffix == ".jsonl" for f in files):  # each line may have fields, and kinds of values, of its own
+            name, options["features"] = "text", datasets.Features({JSON_LINE: datasets.Value("string")})
     else:
         if spec.count("/") > 1 or spec.startswith((".", "/", "~")) or Path(spec).suffix in READERS:
             raise ValueError(f"there is no data at {spec!r}; check the path")
@@ -144,13 +148,15 @@ def _take(rows: Any, count: int | None) -> Iterator[dict[str, Any]]:
 
 def _encode(row: dict[str, Any], tokenizer: Any, context_length: int, too_long: TooLong) -> dict[str, Any]:
     """A row's sample and its fate."""
-    # a table's missing fields come back as None
-    said = to_chat({name: value for name, value in row.items() if value is not None})
+    row = _row(row)
+    said = to_chat(row)
     if isinstance(said, str):
         ids = [*tokenizer(said)["input_ids"], tokenizer.eos_token_id]
         sample = Sample(ids, list(ids))
     elif any(message["role"] == "assistant" for message in said):
         sample = encode_chat(tokenizer, said)
+        if row.get("finish_reason") == "length" and sample.input_ids[-1] == tokenizer.eos_token_id:
+            sample = Sample(sample.input_ids[:-1], sample.labels[:-1])  # it was cut off: where it ends is not learned
     else:
         sample = Sample([], [])
     fate = KEPT
@@ -167,6 +173,20 @@ def _encode(row: dict[str, Any], tokenizer: Any, context_length: int, too_long: 
     return {
         "input_ids": sample.input_ids, "labels": sample.labels, "length": len(sample.input_ids), "fate": fate
     }  # fmt: skip
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's fields; of a line of JSON, which stands alone, those in it."""
+    if JSON_LINE in row:
+        text = row[JSON_LINE]
+        try:
+            row = json.loads(text) if text.strip() else {"error": "an empty line"}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the line {text[:60]!r} could not be read ({error}); give one object per line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"a line could not be read: it is {type(row).__name__}; write one object per line")
+    # a table's missing fields come back as None
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _usable(fate: str) -> bool:

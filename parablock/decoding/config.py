@@ -7,7 +7,7 @@ from parablock.settings import require, require_at_least, require_choice, settin
 
 LEAST = 1e-6  # what is smaller vanishes when probabilities are computed in float32
 Mode = Literal["diffusion", "autoregressive", "speculative"]
-Drafter = Literal["lookup"]
+Drafter = Literal["masks", "lookup", "both"]
 Strategy = Literal["threshold", "factor", "fixed"]
 
 
@@ -38,11 +38,15 @@ class DecodeConfig:
     drafter: Drafter | None = setting(
         None,
         help="For 'speculative': where drafts come from. 'lookup': what followed the last tokens where they stood "
-        "before, in prompt or answer. Default: 'lookup'.",
+        "before, in prompt or answer; 'masks': a causal adapter; 'both': the likelier of the two. Default: 'both' with "
+        "an adapter, else 'lookup'.",
     )
     draft_tokens: int | None = setting(
         None,
         help="For 'speculative': how many tokens to draft. Default: up to 7, as many as pay (under load none).",
+    )
+    draft_threshold: float = setting(
+        0.0, help="For 'speculative': drafts are verified while all up to them are right with more than this [0, 1)."
     )
     stop_token_ids: tuple[int, ...] | None = setting(
         None, help="Token ids that end the answer (repeatable). Default: the checkpoint's own."
@@ -68,6 +72,7 @@ class DecodeConfig:
                     f"{name}={value!r} belongs to mode='speculative', and mode is {self.mode!r}; set that mode, or "
                     f"leave {name} out"
                 )
+        require(0.0 <= self.draft_threshold < 1.0, "draft_threshold", self.draft_threshold, "use a value in [0, 1)")
         require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")
         require(self.factor > 0.0, "factor", self.factor, "use a positive value")
         sampled = LEAST <= self.temperature <= 1 / LEAST

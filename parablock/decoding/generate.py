@@ -17,6 +17,7 @@ from parablock.decoding.proposals import propose_tokens
 from parablock.decoding.rows import Rows
 from parablock.decoding.threads import Threads
 from parablock.decoding.work import Settled, prefill, settle
+from parablock.diffusion.gate import gate_of
 from parablock.diffusion.support import require_open_attention, require_supported_layers
 from parablock.settings import Model
 
@@ -107,8 +108,8 @@ def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = Non
         forwards=forwards,
         decode_forwards=rows.forwards_R.tolist(),
         seconds=time.perf_counter() - started,
-        drafted=rows.drafted_R.tolist(),
-        accepted=rows.accepted_R.tolist(),
+        drafted=rows.drafted_RS.sum(1).tolist(),
+        accepted=rows.accepted_RS.sum(1).tolist(),
     )
 
 
@@ -130,7 +131,10 @@ def _decode(model: Model, prompts: list[list[int]], config: DecodeConfig) -> tup
     assert config.max_new_tokens is not None
     D = config.block_size or DEFAULT_BLOCK_SIZE
     capacity = -(-(max(map(len, prompts)) + config.max_new_tokens) // D) * D
-    rows = Rows(len(prompts), capacity, D)
+    gate = gate_of(model)
+    if gate is not None and config.mode == "speculative":
+        capacity += D  # for the K/V of masks
+    rows = Rows(len(prompts), capacity, D, gate)
     rows.pace.padded = len(prompts)
     for row, prompt in enumerate(prompts):
         begin(rows, row, prompt, config, sample=row)
@@ -179,7 +183,13 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
     if mask_token_id is None:
         mask_token_id = getattr(own, "mask_token_id", None)
     adapted = getattr(own, "bd_size", None) is not None and mask_token_id is not None
-    mode = config.mode or ("diffusion" if adapted else "autoregressive")
+    gate = gate_of(model)
+    mode = config.mode or ("speculative" if gate else "diffusion" if adapted else "autoregressive")
+    if mode == "diffusion" and gate is not None:
+        raise ValueError(
+            "mode='diffusion': the model has a causal adapter, its masks make drafts that the AR model verifies; use "
+            "mode='speculative' (or None), or load its base"
+        )
     if mode == "diffusion":
         if block_size is None or mask_token_id is None:
             lacking = "mask token" if mask_token_id is None else "block size"
@@ -195,6 +205,14 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
             "mode='speculative': the checkpoint was adapted to block diffusion: its tokens see their whole block, and "
             "drafts are verified by an AR model; use mode='diffusion' (or None), or the AR checkpoint it was made from"
         )
+    drafter = config.drafter
+    if mode == "speculative":
+        drafter = drafter or ("both" if gate else "lookup")
+        if gate is None and drafter != "lookup":
+            raise ValueError(
+                f"drafter={drafter!r}: the checkpoint has no causal adapter whose masks make drafts; make one with "
+                "parablock adapt --context causal, or use drafter='lookup'"
+            )
     if mask_token_id is not None and not 0 <= mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {vocabulary} tokens")
     for number, prompt in enumerate(prompts):
@@ -213,9 +231,10 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = own.eos_token_id if eos is None else eos
         stops = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    seed = int(torch.randint(2**31, ()).item()) if config.seed is None else config.seed
     return replace(
         config, mode=mode, max_new_tokens=max_new_tokens, block_size=block_size, mask_token_id=mask_token_id,
-        stop_token_ids=stops, seed=int(torch.randint(2**31, ()).item()) if config.seed is None else config.seed,
+        stop_token_ids=stops, drafter=drafter, seed=seed,
     )  # fmt: skip
 
 

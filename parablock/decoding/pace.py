@@ -1,12 +1,19 @@
-"""How long a forward takes, learned while running: what decides how much is drafted."""
+"""How long a forward takes, learned while running, and how much is worth drafting then.
+
+Shapes: n rows, k of them that could draft, W widths.
+"""
 
 import math
 from collections import deque
 
 import numpy as np
 
+WIDTHS_W1 = np.array([[2], [4], [8], [16], [32]])  # with the token before the drafts; few, so that pieces stay alike
+SURE = 1.05  # so much faster must drafting seem: what is known of it is never exact
 FLAT = 32  # until it is measured: a forward of so many tokens takes twice as long as one of a single token
 RECENT = 15  # forwards of a kind that count: their median, so that a slow one changes nothing
+MOST_MASKS = 15  # of a draft block
+HOPE = 0.6  # that a mask's draft is right, until it is measured
 LIFETIME = 512  # forwards after which a kind that was not run meanwhile is as good as unknown
 
 
@@ -20,7 +27,8 @@ class Pace:
 
     def __init__(self) -> None:
         self.padded = 0  # so many rows run together, all as wide as the widest; 0: every row its own width
-        self.chance = 0.5  # that a guess is right, as it was lately in all rows
+        self.chance = 0.5  # that what is looked up is right, as it was lately in all rows
+        self.hope = HOPE ** np.arange(1, MOST_MASKS + 1)  # that the drafts of so many masks are right, the same
         self.pause = 0  # forwards until guesses are looked for again
         self._forwards = 0
         self._recent: dict[tuple[int, bool, int], deque[float]] = {}
@@ -58,3 +66,30 @@ class Pace:
             ratios.setdefault(kind[2], []).extend(self._recent[kind])
         sizes = sorted(ratios)
         return (sizes, [sorted(ratios[size])[len(ratios[size]) // 2] for size in sizes]) if sizes else ([0], [1.0])
+
+
+def choose_widths(pace: Pace, width_n: np.ndarray, value_kC: np.ndarray, most_k: np.ndarray) -> np.ndarray:
+    """How many tokens each of some rows runs, so that the forward makes the most tokens per second.
+
+    `width_n`: how many every row runs if these draft nothing. `value_kC`: what one more token of a row makes in the
+    mean, and one more ..., falling; `most_k`: how many it may run at most. All that draft have one width, if they can:
+    the rows that gain the most by it, as many as pay. What runs beside is worth the time it takes.
+    """
+    width_k = np.ones_like(most_k)
+    if value_kC.sum() <= (SURE - 1) * len(width_n):  # not even for nothing
+        return width_k
+    gain_kC = value_kC.cumsum(1)
+    more_Wk = np.minimum(WIDTHS_W1 - 1, most_k)
+    gain_Wk = gain_kC[np.arange(len(most_k)), more_Wk - 1]
+    order_Wk = np.argsort(-gain_Wk, axis=1, kind="stable")
+    tokens, rows_k = pace.padded or int(width_n.sum()), np.arange(1, len(most_k) + 1)
+    plain, whole = pace.seconds(np.array([tokens, tokens + pace.beside]), drafts=False)
+    worth = len(width_n) * whole / plain
+    tokens_Wk = tokens + pace.beside + (WIDTHS_W1 - 1) * (pace.padded or rows_k)
+    made_Wk = worth + np.take_along_axis(gain_Wk, order_Wk, 1).cumsum(1)
+    rate_Wk = made_Wk / np.maximum.accumulate(pace.seconds(tokens_Wk, drafts=True), axis=1)
+    best, last = np.unravel_index(rate_Wk.argmax(), rate_Wk.shape)
+    if rate_Wk[best, last] > SURE * worth / whole:
+        drafting = order_Wk[best, : last + 1]
+        width_k[drafting] = 1 + more_Wk[best, drafting]
+    return width_k

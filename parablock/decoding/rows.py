@@ -9,16 +9,18 @@ from typing import get_args
 import numpy as np
 
 from parablock.decoding.config import DecodeConfig, Strategy
-from parablock.decoding.pace import Pace
+from parablock.decoding.pace import MOST_MASKS, Pace
+from parablock.diffusion.gate import Gate
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FAR = np.iinfo(np.int64).max - 1
 MOST_DRAFTS = 7  # where nobody says how many
+DRAFTERS = ("masks", "lookup")
 SETTINGS = [
     ("mask_token_id", np.int64),  # -1: none
     ("sub_block_size", np.int64), ("sub_block_cache", bool), ("strategy", np.int64), ("threshold", np.float32),
     ("factor", np.float32), ("tokens_per_step", np.int64), ("temperature", np.float32), ("top_p", np.float32),
-    ("top_k", np.int64), ("seed", np.int64), ("sample", np.int64),
+    ("top_k", np.int64), ("seed", np.int64), ("sample", np.int64), ("draft_threshold", np.float32),
 ]  # fmt: skip
 
 
@@ -29,8 +31,9 @@ class Rows:
     hold mask tokens, too). Drafts stand at masked positions, while a forward verifies them.
     """
 
-    def __init__(self, rows: int, capacity: int, block_size: int) -> None:
+    def __init__(self, rows: int, capacity: int, block_size: int, gate: Gate | None = None) -> None:
         self.block_size = block_size
+        self.gate = gate
         whole, flag = np.int64, bool
         self.ids_RC = np.zeros((rows, capacity), dtype=whole)
         self.masked_RC = np.zeros((rows, capacity), dtype=flag)
@@ -48,12 +51,21 @@ class Rows:
         self.stop_R = np.zeros(rows, dtype=whole)  # position of the first stop token of the response, or FAR
         self.forwards_R = np.zeros(rows, dtype=whole)  # decode forwards, the prefill not among them
         self.room_R = np.zeros(rows, dtype=whole)  # positions below it have a place for their K/V
-        self.ahead_R = np.zeros(rows, dtype=whole)  # the most drafts of a forward; 0: the mode makes none
+        self.ahead_R = np.zeros(rows, dtype=whole)  # how many slots behind the last known token a forward may use
+        self.most_R = np.zeros(rows, dtype=whole)  # the most drafts of a forward; 0: the mode makes none
         self.fixed_R = np.zeros(rows, dtype=flag)  # always so many, if there are guesses; else as it pays
+        # drafts of the forward before, to be verified: they stand behind the last known token
+        self.draft_RK = np.zeros((rows, MOST_MASKS), dtype=whole)
+        self.sure_RK = np.zeros((rows, MOST_MASKS), dtype=np.float64)  # their confidence; 0: there is none
+        self.masks_R = np.zeros(rows, dtype=whole)  # how many masks make a draft block; 0: no masks are used
+        self.first_mask_R = np.zeros(rows, dtype=whole)  # the id of the first, and how many ids there are
+        self.mask_kinds_R = np.ones(rows, dtype=whole)
+        self.hope_RK = np.zeros((rows, MOST_MASKS), dtype=np.float64)  # that new drafts up to the k-th are right
+        self.looks_R = np.zeros(rows, dtype=flag)  # earlier places are looked up
         self.alike_R = np.zeros(rows, dtype=whole)  # where the last known tokens stood before; 0: nobody knows
         self.chance_R = np.zeros(rows, dtype=np.float64)  # that a guess is right, as it was lately
-        self.drafted_R = np.zeros(rows, dtype=whole)
-        self.accepted_R = np.zeros(rows, dtype=whole)
+        self.drafted_RS = np.zeros((rows, len(DRAFTERS)), dtype=whole)
+        self.accepted_RS = np.zeros((rows, len(DRAFTERS)), dtype=whole)
         self.stops_RK = np.full((rows, 1), -1, dtype=whole)
         self.settings_R = np.zeros(rows, dtype=SETTINGS)  # named like the fields of `DecodeConfig`
         self.pace = Pace()
@@ -90,16 +102,26 @@ class Rows:
         self.end_R[row] = length + config.max_new_tokens
         self.prefill_R[row] = length // grain * grain
         self.start_R[row] = self.length_R[row] = self.forwards_R[row] = 0
-        self.drafted_R[row] = self.accepted_R[row] = self.ahead_R[row] = self.alike_R[row] = 0
+        self.drafted_RS[row] = self.accepted_RS[row] = 0
+        self.ahead_R[row] = self.most_R[row] = self.masks_R[row] = self.alike_R[row] = 0
         self.room_R[row] = self.ids_RC.shape[1]
         if config.mode == "speculative":
-            # they all lie in the block of the last known token and the next one
-            self.ahead_R[row] = min(config.draft_tokens or MOST_DRAFTS, self.block_size - 1)
-            self.fixed_R[row] = config.draft_tokens is not None
-            self.chance_R[row] = self.pace.chance
+            self._begin_drafting(row, config)
         self.written_R[row] = False
         self.stop_R[row] = FAR
         self.active_R[row] = True
+
+    def _begin_drafting(self, row: int, config: DecodeConfig) -> None:
+        most = min(config.draft_tokens or MOST_DRAFTS, self.block_size - 1)
+        self.most_R[row], self.fixed_R[row] = most, config.draft_tokens is not None
+        self.looks_R[row], self.sure_RK[row], self.chance_R[row] = config.drafter != "masks", 0, self.pace.chance
+        # all slots lie in the block of the last known token and the next one
+        self.ahead_R[row] = most
+        if self.gate is not None and config.drafter != "lookup":
+            self.masks_R[row] = min(self.gate.draft_tokens, most)
+            self.ahead_R[row] = self.block_size - 1
+            self.first_mask_R[row], self.mask_kinds_R[row] = self.gate.first_mask_id, len(self.gate.embeddings)
+            self.hope_RK[row] = self.pace.hope
 
     def take_out(self, row: int) -> dict[str, np.ndarray]:
         """The row is free; what it held, for `put_back`."""

@@ -1,6 +1,7 @@
 """What a forward runs: a few query tokens of some rows, what they may see, and which predictions are wanted.
 
-Shapes: n pieces (at most one of a row), m predictions wanted from them, M predictions of a whole forward.
+Shapes: n pieces (at most one of a row), q queries of all of them, m predictions wanted from them, M predictions of a
+whole forward.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,24 @@ from functools import cached_property
 import numpy as np
 
 from parablock.decoding.rows import Rows
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Queries that do not stand one behind the other: masks beside known tokens. Their K/V are not kept.
+
+    The K/V of a piece lie one behind the other all the same, from its first position on: in *slots*. Query q is the
+    token `ids_q` at `position_q`; it sees the slots below `limit_q`, and those from `own_q` to below `end_q`.
+    """
+
+    ids_q: np.ndarray
+    position_q: np.ndarray
+    limit_q: np.ndarray
+    own_q: np.ndarray
+    end_q: np.ndarray
+
+    def __getitem__(self, index: np.ndarray) -> "Placed":
+        return Placed(*(x[index] for x in vars(self).values()))
 
 
 @dataclass
@@ -34,6 +53,7 @@ class Work:
     # settle(rows, work, tokens_m, confidence_m): the rows move on; which predictions `[m]` became known
     settle: Callable[[Rows, "Work", np.ndarray, np.ndarray], np.ndarray]
     decoding: bool = True  # False: prefill
+    placed: Placed | None = None  # by default a piece's tokens are the row's own, at their own positions
 
     @property
     def tokens(self) -> int:

@@ -6,7 +6,7 @@ Shapes: R rows, P pages of a row.
 import numpy as np
 
 from parablock.decoding.decoder import begin
-from parablock.decoding.rows import Rows
+from parablock.decoding.rows import DRAFTERS, Rows
 from parablock.engine.config import EngineConfig
 from parablock.engine.pages import PagePool
 from parablock.engine.request import Handle
@@ -21,7 +21,7 @@ class Batch:
         self.block_size = runner.block_size
         self.pool = PagePool(pages, self.block_size, prefix_cache=config.prefix_cache)
         # one row more than requests can have: padding, without pages
-        self.rows = Rows(config.max_rows + 1, pages_per_row * self.block_size, self.block_size)
+        self.rows = Rows(config.max_rows + 1, pages_per_row * self.block_size, self.block_size, runner.gate)
         self.table_RP = np.zeros((config.max_rows + 1, pages_per_row), dtype=np.int64)
         self.streaming_R = np.zeros(config.max_rows + 1, dtype=bool)
         self.handles: list[Handle | None] = [None] * config.max_rows
@@ -75,7 +75,9 @@ class Batch:
         """
         rows, paused = self.rows, []
         # the last position that may run: drafts want the next page early
-        last_R = np.maximum(rows.start_R, np.minimum(rows.start_R + rows.ahead_R, rows.end_R - 2))
+        last_R = rows.start_R + rows.ahead_R
+        last_R = np.where(rows.masks_R > 0, last_R, np.maximum(rows.start_R, np.minimum(last_R, rows.end_R - 2)))
+        last_R = np.minimum(last_R, rows.ids_RC.shape[1] - 1)
         wanting = (rows.active_R & (rows.start_R >= rows.prefill_R) & (rows.room_R <= last_R)).nonzero()[0]
         for row in sorted(wanting, key=lambda row: rows.order_R[row]):
             block = int(rows.room_R[row]) // self.block_size
@@ -110,7 +112,10 @@ class Batch:
         handle = self.handles[row]
         if handle is not None:
             handle.forwards = int(self.rows.forwards_R[row])
-            handle.drafted, handle.accepted = int(self.rows.drafted_R[row]), int(self.rows.accepted_R[row])
+            handle.drafted, handle.accepted = (
+                dict(zip(DRAFTERS, counts_RS[row].tolist(), strict=True))
+                for counts_RS in (self.rows.drafted_RS, self.rows.accepted_RS)
+            )
             handle.tokens = self.rows.tokens(row) if not self.streaming_R[row] else handle.tokens
             if reuse:
                 self.register(row)

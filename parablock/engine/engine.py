@@ -18,6 +18,7 @@ import torch
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.decoder import window
 from parablock.decoding.generate import DEFAULT_BLOCK_SIZE, GenerateOutput, Prompts, as_rows, resolve
+from parablock.decoding.rows import DRAFTERS
 from parablock.decoding.work import Settled, settle
 from parablock.engine.admission import kv_pages, resolve_request
 from parablock.engine.batch import Batch
@@ -73,7 +74,8 @@ class Engine:
         self.prefill_tokens = 0  # prompt tokens that were run
         self.prefill_seconds = 0.0  # their share of the steps' time, by tokens
         self.preemptions = 0  # how often a row gave its pages to others
-        self.drafted = self.accepted = 0  # tokens, in the requests that have ended
+        # tokens, in the requests that have ended, by drafter
+        self.drafted, self.accepted = dict.fromkeys(DRAFTERS, 0), dict.fromkeys(DRAFTERS, 0)
         self.error: Exception | None = None  # why it stopped by itself
         self._waiting: deque[Handle] = deque()
         self._open = 0  # requests that have not ended
@@ -137,7 +139,7 @@ class Engine:
             raise
         return GenerateOutput(
             tokens, self.steps - steps, [handle.forwards for handle in handles], time.perf_counter() - started,
-            [handle.drafted for handle in handles], [handle.accepted for handle in handles],
+            [sum(handle.drafted.values()) for handle in handles], [sum(handle.accepted.values()) for handle in handles],
         )  # fmt: skip
 
     def wait(self, handle: Handle, *, timeout: float | None = None, for_update: bool = False) -> None:
@@ -202,7 +204,7 @@ class Engine:
         return {
             "waiting": waiting, "running": len(self.batch.active), "pages_held": pool.held, "pages_cached": pool.cached,
             "pages": pool.pages, "steps": self.steps, "preemptions": self.preemptions,
-            "drafted": self.drafted, "accepted": self.accepted,
+            "drafted": sum(self.drafted.values()), "accepted": sum(self.accepted.values()),
         }  # fmt: skip
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -313,8 +315,9 @@ class Engine:
         handle.paused = None
         handle.seconds = time.perf_counter() - handle.submitted
         handle.error = error
-        self.drafted += handle.drafted
-        self.accepted += handle.accepted
+        for drafter in DRAFTERS:
+            self.drafted[drafter] += handle.drafted[drafter]
+            self.accepted[drafter] += handle.accepted[drafter]
         with self._changed:
             self._open -= 1
             handle.status = status

@@ -33,6 +33,7 @@ class GroupShape:
     first_page: int | None
     limits: int  # how many limits a row has: none if all see everything, 1, or one for every query
     lows: int  # the same for where sight begins: none if all see everything before their limit
+    owns: int = 0  # of every query, if it sees more slots than those below its limit: from where and to where
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,21 @@ def look(
     n, W, D = len(group.rows_n), group.width, block_size
     position_nW, grain_n1 = group.first_n[:, None] + np.arange(W), group.grain_n[:, None]
     limit_nW, low_nW = (position_nW // grain_n1 + 1) * grain_n1, position_nW[:, :0]
+    own_n2W = position_nW[:, :0]
+    if (placed := group.placed) is not None:
+        position_nW, limit_nW = placed.position_q, placed.limit_q
+        own_nW, end_nW = placed.own_q, placed.end_q
     pages, table_nP = group.pages, table_RP[group.rows_n, : group.pages]
     if 0 < window < int(group.first_n.max()) + W:  # it hides something
         pages = min(pages, (window + W - 2 + D - 1) // D + 1)
         skip_n1 = np.minimum(np.maximum(group.first_n - window + 1, 0) // D, group.pages - pages)[:, None]
         table_nP = np.take_along_axis(table_nP, skip_n1 + np.arange(pages), 1)
         limit_nW, low_nW = limit_nW - skip_n1 * D, position_nW - window + 1 - skip_n1 * D
-    if (limit_nW == limit_nW[:, :1]).all():
+        if placed is not None:  # the K/V of masks lie in order of their positions, so a window reaches as far there
+            own_nW, end_nW = np.maximum(own_nW, end_nW - window) - skip_n1 * D, end_nW - skip_n1 * D
+    if placed is not None:
+        own_n2W = np.concatenate([own_nW, end_nW], 1)
+    elif (limit_nW == limit_nW[:, :1]).all():
         limit_nW = limit_nW[:, :1]
     limits, lows, slots, first_page = limit_nW.shape[1], low_nW.shape[1], pages * D, None
     if in_place:
@@ -73,13 +82,13 @@ def look(
                 slots = int(limit_nW[0, 0])
         if limits == 1 and not lows and (limit_nW == slots).all():
             limits = 0  # everything that is looked at is seen
-    shape = GroupShape(n, W, pages, slots, first_page, limits, lows)
-    return shape, [table_nP, limit_nW[:, :limits], low_nW]
+    shape = GroupShape(n, W, pages, slots, first_page, limits, lows, own_n2W.shape[1])
+    return shape, [table_nP, limit_nW[:, :limits], low_nW, own_n2W]
 
 
 def inputs_of(
     shape: GroupShape,
-    numbers: tuple[Tensor, Tensor, Tensor],
+    numbers: tuple[Tensor, Tensor, Tensor, Tensor],
     first_query: int,
     block_size: int,
     share: int,
@@ -87,9 +96,8 @@ def inputs_of(
 ) -> GroupInputs:
     """From the numbers of `look`, flat; `share`: G; `paged`: pages are read where they lie, where nothing hides any."""
     n, W = shape.rows, shape.width
-    table_nP, limit_nW, low_nW = (
-        x.view(n, width) for x, width in zip(numbers, (shape.pages, shape.limits, shape.lows), strict=True)
-    )
+    widths = shape.pages, shape.limits, shape.lows, shape.owns
+    table_nP, limit_nW, low_nW, own_n2W = (x.view(n, width) for x, width in zip(numbers, widths, strict=True))
     paged = paged and shape.limits == 1 and not shape.lows
     mask = None
     if shape.limits and not paged:
@@ -97,6 +105,8 @@ def inputs_of(
         seen = slots < limit_nW[..., None]
         if shape.lows:
             seen = seen & (slots >= low_nW[..., None])
+        if shape.owns:
+            seen = seen | (slots >= own_n2W[:, :W, None]) & (slots < own_n2W[:, W:, None])
         mask = (seen.repeat(1, share, 1) if seen.shape[1] > 1 else seen)[:, None]
     queries, limit_n = slice(first_query, first_query + n * W), None
     if paged:  # as its kernels want them

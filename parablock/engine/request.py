@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.decoder import Window
+from parablock.decoding.rows import DRAFTERS
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Handle:
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.forwards = 0  # decode forwards it took part in
-        self.drafted = self.accepted = 0  # tokens that were drafted, and how many of these became tokens of the answer
+        # tokens that were drafted, by where they came from, and how many of these became tokens of the answer
+        self.drafted, self.accepted = dict.fromkeys(DRAFTERS, 0), dict.fromkeys(DRAFTERS, 0)
         self.cached_tokens = 0  # of the prompt: not run again
         self.submitted = time.perf_counter()
         self.first_token: float | None = None  # seconds from submission until a first token had settled

@@ -15,6 +15,7 @@ from parablock.decoding.dense import last_device
 from parablock.decoding.proposals import propose_tokens
 from parablock.decoding.rows import Rows
 from parablock.decoding.threads import Threads
+from parablock.diffusion.gate import closed, gate_of
 from parablock.diffusion.support import layer_windows
 from parablock.engine.attention import lend_attention, register_runner, return_attention
 from parablock.engine.config import EngineConfig
@@ -43,6 +44,7 @@ class Runner:
         self.number = torch.tensor(number, device="cpu")
         self.threads = Threads(model, config.threads)  # here, where no step of another engine has changed their number
         self.queries = 0  # tokens that all forwards ran so far, prompts included
+        self.gate = gate_of(model)
         self.kv = KV(config.kv_dtype)
         self.windows = layer_windows(model.config)
         self.closed = False
@@ -53,6 +55,7 @@ class Runner:
         self._inputs: dict[torch.device, tuple[Tensor, dict[int, list[GroupInputs]]]] = {}
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device)  # keeps the model from making one
         self._forward: Any = self._call_model
+        self._forward_with_masks: Any = self._call_model  # compiled apart: what a gate does then
         self._graphs = Graphs(self.device) if config.cuda_graphs else None
         register_runner(number, self)
         lend_attention(model)
@@ -64,7 +67,7 @@ class Runner:
             self.close()
             raise
         if config.compile:
-            self._forward = self._compiled()
+            self._forward, self._forward_with_masks = self._compiled(), self._compiled()
 
     def _compiled(self) -> Any:
         """The model's forward in one compiled graph.
@@ -117,10 +120,14 @@ class Runner:
         D = self.block_size
         ids, positions, slots, views, parts = [], [], [], [], []
         for group in plan.groups:
-            position_nW = group.first_n[:, None] + np.arange(group.width)
-            ids.append(rows.ids_RC[group.rows_n[:, None], position_nW])
-            positions.append(position_nW)
-            slots.append(table_RP[group.rows_n[:, None], position_nW // D] * D + position_nW % D)
+            slot_nW = group.first_n[:, None] + np.arange(group.width)
+            slots.append(table_RP[group.rows_n[:, None], slot_nW // D] * D + slot_nW % D)
+            if group.placed is not None:
+                ids.append(group.placed.ids_q)
+                positions.append(group.placed.position_q)
+            else:
+                ids.append(rows.ids_RC[group.rows_n[:, None], slot_nW])
+                positions.append(slot_nW)
         end = max(int(group.first_n.max()) + group.width for group in plan.groups)
         in_place = self._graphs is None and not self._paged
         for window in sorted({window if window < end else 0 for window in self.windows}):
@@ -142,7 +149,10 @@ class Runner:
         self._inputs_on(packed.device)
         if not len(wanted_M):  # the head needs something to run on
             wanted_M = positions_T[:1] * 0
-        logits: Tensor = self._forward(ids_T[None], positions_T[None], wanted_M.to(self.last_device))[0]
+        masks = any(shape.owns for _, shapes in views for shape in shapes)
+        with closed(self.gate, unless=masks):
+            forward = self._forward_with_masks if masks else self._forward
+            logits: Tensor = forward(ids_T[None], positions_T[None], wanted_M.to(self.last_device))[0]
         return logits
 
     def _inputs_on(self, device: torch.device) -> tuple[Tensor, dict[int, list[GroupInputs]]]:
@@ -155,7 +165,7 @@ class Runner:
             for window, shapes in views:
                 groups, base = [], 0
                 for shape in shapes:
-                    numbers = next(rest), next(rest), next(rest)
+                    numbers = next(rest), next(rest), next(rest), next(rest)
                     groups.append(inputs_of(shape, numbers, base, self.block_size, self.kv.share, self._paged))
                     base = groups[-1].queries.stop
                 seen[window] = groups

@@ -12,20 +12,24 @@ import numpy as np
 
 from parablock.decoding.decoder import next_work
 from parablock.decoding.rows import Rows
-from parablock.decoding.work import Work, join, prefill
+from parablock.decoding.work import Placed, Work, join, prefill
 
 FEW_PAGES = 16  # contexts up to so many pages share a group; longer ones go with their like, by powers of 4
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that run `width` tokens each, from position `first_n` on; `pages` of their K/V are looked at."""
+    """Rows that run `width` tokens each, from position `first_n` on; `pages` of their K/V are looked at.
+
+    `placed`: of all these tokens `[n, W]`, where they do not stand one behind the other.
+    """
 
     rows_n: np.ndarray
     first_n: np.ndarray
     grain_n: np.ndarray
     width: int
     pages: int
+    placed: Placed | None = None
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,21 @@ def _group(rows: Rows, works: list[Work], powers_of_two: bool) -> Plan:
     rows_n, first_n = join([work.rows_n for work in works]), join([work.first_n for work in works])
     width_n, grain_n = join([work.width_n for work in works]), join([work.grain_n for work in works])
     pages_n = (first_n + width_n - 1) // rows.block_size + 1
-    key_n = width_n
+    key_n, placed, begin_n = width_n, None, None
+    if any(work.placed for work in works):
+        placed, begin_n = _placed(works)
+        key_n = key_n << 1 | (begin_n >= 0)
     if pages_n.max() > FEW_PAGES:
-        key_n = width_n << 32 | 4 ** np.ceil(np.log2(np.maximum(pages_n, FEW_PAGES)) / 2).astype(np.int64)
+        key_n = key_n << 32 | 4 ** np.ceil(np.log2(np.maximum(pages_n, FEW_PAGES)) / 2).astype(np.int64)
     alike = (key_n == key_n[0]).all()
     groups, base_n, base = [], np.zeros_like(rows_n), 0
     for key in key_n[:1] if alike else np.unique(key_n):
         these = (key_n == key).nonzero()[0]
         width, pages = int(width_n[these[0]]), int(pages_n[these].max())
         base_n[these] = base + width * np.arange(len(these))
-        members_n, first, grain = rows_n[these], first_n[these], grain_n[these]
+        members_n, first, grain, own = rows_n[these], first_n[these], grain_n[these], None
+        if placed is not None and begin_n is not None and begin_n[these[0]] >= 0:
+            own = placed[begin_n[these, None] + np.arange(width)]
         if powers_of_two:
             pages = min(_power_of_two(pages), rows.ids_RC.shape[1] // rows.block_size)
             more = _power_of_two(len(these)) - len(these)
@@ -94,7 +103,11 @@ def _group(rows: Rows, works: list[Work], powers_of_two: bool) -> Plan:
                 np.pad(first, (0, more)),
                 np.pad(grain, (0, more), constant_values=rows.block_size),
             )
-        groups.append(Group(members_n, first, grain, width, pages))
+            if own is not None:  # padding sees one slot: nothing at all would be no number
+                own = Placed(
+                    *(np.pad(x, ((0, more), (0, 0)), constant_values=x is own.limit_q) for x in vars(own).values())
+                )
+        groups.append(Group(members_n, first, grain, width, pages, own))
         base += width * len(members_n)
 
     source, before = [], 0
@@ -102,6 +115,20 @@ def _group(rows: Rows, works: list[Work], powers_of_two: bool) -> Plan:
         source.append(base_n[before + work.piece_m] + work.query_m)
         before += len(work.rows_n)
     return Plan(works, groups, join(source))
+
+
+def _placed(works: list[Work]) -> tuple[Placed, np.ndarray]:
+    """The placed queries of all works, and where among them each piece's begin `[n]`; -1: it has none."""
+    parts, begins, base = [], [], 0
+    for work in works:
+        if work.placed is None:
+            begins.append(np.full_like(work.rows_n, -1))
+        else:
+            parts.append(work.placed)
+            begins.append(base + work.width_n.cumsum() - work.width_n)
+            base += work.tokens
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Placed(*(join(list(field)) for field in fields)), join(begins)
 
 
 def _power_of_two(value: int) -> int:

@@ -1,118 +1,227 @@
 """Speculative decoding: the autoregressive answer, several tokens per forward where they could be guessed.
 
-A forward runs the last known token and some drafts behind it. Its predictions are those of autoregressive decoding as
-far as the drafts are right: these are accepted, with the prediction behind the last of them. All their K/V are final;
-those of wrong drafts lie where the next forward writes.
+A forward runs the last known token, some drafts behind it (the chain), and draft blocks: masks for what may come out.
+The predictions of the chain are those of autoregressive decoding as far as the drafts are right: these are accepted,
+with the prediction behind the last of them. What the masks of that outcome predict are the next forward's drafts. K/V
+of accepted tokens are final; those of wrong drafts and of masks lie where the next forward writes.
 
-Shapes: n rows, m predictions, M tokens guessed, W widths, k of the n rows.
+Shapes: n rows, m predictions (one of every query), L drafts of the longest chain, G = L + 1 outcomes (so many drafts
+are right), k masks of a draft block, C = L + G k candidates for a place in the forward, M tokens looked up.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from parablock.decoding.drafts import lookup
 from parablock.decoding.modes.autoregressive import AUTOREGRESSIVE
-from parablock.decoding.pace import Pace
-from parablock.decoding.rows import Rows
-from parablock.decoding.work import Mode, Work
+from parablock.decoding.pace import choose_widths
+from parablock.decoding.rows import DRAFTERS, Rows
+from parablock.decoding.work import Mode, Placed, Work
 
-WIDTHS_W1 = np.array([[2], [4], [8]])  # with the token before the drafts; few, so that pieces stay alike
-SURE = 1.05  # so much faster must drafting seem: what is known of it is never exact
 PAUSE = 4  # forwards that do not even look for guesses, after one in which none was worth a draft
 LATE, SLOW = 0.9, 0.98  # how much remains of what was known of a row's chance after one more guess, and of all rows'
+LATER = 0.8  # what a draft is worth that the next forward verifies, beside one that this forward does
+NEVER = np.iinfo(np.int64).max
+MASKS, LOOKUP = (DRAFTERS.index(name) for name in ("masks", "lookup"))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The drafts of some rows: `ids_nL`, how likely each is right if those before it are (0: no draft), from where.
+
+    `looked_nM`: what was looked up, drafted or not, and `found_n`: whether it was.
+    """
+
+    ids_nL: np.ndarray
+    sure_nL: np.ndarray
+    source_n: np.ndarray
+    looked_nM: np.ndarray
+    found_n: np.ndarray
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The predictions of a forward: the outcome a mask belongs to (-1: none, a known token or draft) and its place."""
+
+    chain: Chain
+    begin_n: np.ndarray  # where a piece's predictions begin
+    drafts_n: np.ndarray  # how many drafts it runs
+    outcome_m: np.ndarray
+    place_m: np.ndarray
 
 
 def next_work(rows: Rows, which: np.ndarray) -> Work:
-    """The latest token of every row with its drafts; every prediction is asked for.
+    """The latest token of every row, its drafts and masks; every query's prediction is asked for.
 
-    Drafts stand in `ids_RC`, at positions that remain masked. Of a row with guesses one more is compared than is run:
-    so it is known how good they are, drafts or not.
+    Drafts stand in `ids_RC`, at positions that remain masked. Of a row that looks up one token more is compared than is
+    run: so it is known how good guesses are, drafted or not.
     """
     pace, fixed_n = rows.pace, rows.fixed_R[which]
     pace.rows = len(which)
     if pace.pause and not fixed_n.any():
         pace.pause -= 1
-        rows.alike_R[which] = 0
-        return AUTOREGRESSIVE.next_work(rows, which)
-    ahead_n, start_n = rows.ahead_R[which], rows.start_R[which]
-    guess_nM, found_n = lookup(rows, which, 1 + int(ahead_n.max()))
-    if not found_n.any():
-        return AUTOREGRESSIVE.next_work(rows, which)
-    # an answer's last token is not run; nor is what has no place for its K/V
-    most_n = np.minimum(np.minimum(rows.end_R[which] - 2, rows.room_R[which] - 1) - start_n, ahead_n) * found_n
+        return _nothing(rows, which)
+    # how many positions may still be run: an answer's last token is not, nor is what has no place for its K/V
+    room_n = rows.room_R[which] - 1 - rows.start_R[which]
+    ahead_n = np.minimum(rows.end_R[which] - 2 - rows.start_R[which], room_n)
+    chain = _chain(rows, which, ahead_n)
+    value_nC = _values(rows, which, chain, ahead_n)
+    if not value_nC.any():
+        return _nothing(rows, which) if not chain.found_n.any() else _work(rows, which, chain, value_nC > 0)
+    rank_nC = np.argsort(-value_nC, axis=1, kind="stable").argsort(axis=1, kind="stable")
+    most_n = np.minimum((value_nC > 0).sum(1), np.minimum(rows.ahead_R[which], room_n))
     width_n = 1 + most_n * fixed_n
-    open_n = (found_n & ~fixed_n).nonzero()[0]
+    open_n = ((most_n > 0) & ~fixed_n).nonzero()[0]
     if len(open_n):
-        width_n[open_n] = _widths(pace, width_n, rows.chance_R[which[open_n]], most_n[open_n])
-    last_n = width_n.cumsum()
-    pace.drafts = bool(last_n[-1] > len(which))
-    pace.pause = 0 if pace.drafts else PAUSE
+        width_n[open_n] = choose_widths(pace, width_n, -np.sort(-value_nC[open_n], axis=1), most_n[open_n])
+    return _work(rows, which, chain, rank_nC < (width_n - 1)[:, None])
 
-    begin_n = last_n - width_n
-    piece_m = np.arange(len(which)).repeat(width_n)
+
+def _nothing(rows: Rows, which: np.ndarray) -> Work:
+    """No drafts; what was drafted and looked up is forgotten."""
+    rows.alike_R[which], rows.sure_RK[which] = 0, 0
+    return AUTOREGRESSIVE.next_work(rows, which)
+
+
+def _chain(rows: Rows, which: np.ndarray, ahead_n: np.ndarray) -> Chain:
+    """Of every row the drafts that masks made in the forward before, or what is looked up if more comes of it."""
+    most_n = np.maximum(np.minimum(rows.most_R[which], ahead_n), 0)
+    place_L = np.arange(int(rows.most_R[which].max()))
+    ids_nL, sure_nL = (
+        x_RK[which[:, None], np.minimum(place_L, x_RK.shape[1] - 1)] for x_RK in (rows.draft_RK, rows.sure_RK)
+    )
+    sure_nL = np.where(place_L < np.minimum(most_n, rows.draft_RK.shape[1])[:, None], sure_nL, 0)
+    source_n, found_n = np.full_like(which, MASKS), np.zeros(len(which), dtype=bool)
+    looked_nM = ids_nL[:, :0]
+    if (looks_n := rows.looks_R[which]).any():
+        looked_nM, found_n = lookup(rows, which, 1 + len(place_L))
+        found_n &= looks_n
+        likely_nL = rows.chance_R[which, None] * (place_L < most_n[:, None])
+        better_n = found_n & (likely_nL.cumprod(1).sum(1) > sure_nL.cumprod(1).sum(1))
+        source_n[better_n] = LOOKUP
+        ids_nL = np.where(better_n[:, None], looked_nM[:, :-1], ids_nL)
+        sure_nL = np.where(better_n[:, None], likely_nL, sure_nL)
+    drafts = sure_nL.nonzero()
+    sure_nL[drafts] *= ~rows.stopping(which[drafts[0]], ids_nL[drafts])  # no draft ends an answer
+    worth_nL = sure_nL.cumprod(1)
+    sure_nL[worth_nL <= rows.settings_R["draft_threshold"][which, None]] = 0
+    return Chain(ids_nL, sure_nL, source_n, looked_nM, found_n)
+
+
+def _values(rows: Rows, which: np.ndarray, chain: Chain, ahead_n: np.ndarray) -> np.ndarray:
+    """How many tokens each candidate will have made in the mean: the drafts, then every outcome's masks `[n, C]`.
+
+    A draft makes one if it and all before it are right; a mask, if its outcome comes and it and all before it are.
+    Of any chain or block the first are worth the most, and the drafts before an outcome more than its masks.
+    """
+    worth_nL = chain.sure_nL.cumprod(1)
+    masks_n = rows.masks_R[which]
+    most = int(masks_n.max())
+    if not most:
+        return worth_nL
+    outcome_nG = np.ones((len(which), worth_nL.shape[1] + 1))
+    outcome_nG[:, 1:] = worth_nL
+    outcome_nG[:, :-1] *= 1 - chain.sure_nL
+    place_k = np.arange(1, most + 1)
+    value_nGk = LATER * outcome_nG[:, :, None] * rows.hope_RK[which, None, :most]
+    # what a mask predicts is a draft only where it can be run
+    behind_Gk = np.arange(worth_nL.shape[1] + 1)[:, None] + place_k
+    value_nGk *= (behind_Gk < ahead_n[:, None, None]) & (place_k <= masks_n[:, None, None])
+    return np.concatenate([worth_nL, value_nGk.reshape(len(which), -1)], 1)
+
+
+def _work(rows: Rows, which: np.ndarray, chain: Chain, chosen_nC: np.ndarray) -> Work:
+    """The last known tokens with the chosen candidates behind them."""
+    start_n, L = rows.start_R[which], chain.ids_nL.shape[1]
+    runs = np.ones((len(which), 1 + chosen_nC.shape[1]), dtype=bool)  # the last known token, and the candidates
+    runs[:, 1:] = chosen_nC
+    width_n, drafts_n = runs.sum(1), chosen_nC[:, :L].sum(1)
+    piece_m, column_m = runs.nonzero()
+    begin_n = width_n.cumsum() - width_n
     query_m = np.arange(len(piece_m)) - begin_n[piece_m]
-    target_m = start_n[piece_m] + query_m + 1
-    guess_m = np.where(found_n[piece_m], guess_nM[piece_m, query_m], -1)
-    if pace.drafts:
-        drafts_m = (query_m + 1 < width_n[piece_m]).nonzero()[0]
-        rows.ids_RC[which[piece_m[drafts_m]], target_m[drafts_m]] = guess_m[drafts_m]
+    pace = rows.pace
+    pace.drafts = len(piece_m) > len(which)
+    pace.pause = 0 if pace.drafts else PAUSE
+    outcome_m, place_m, position_m = np.full_like(piece_m, -1), np.zeros_like(piece_m), start_n[piece_m] + query_m
+    placed, behind_m = None, (column_m > 0).nonzero()[0]
+    if len(behind_m):
+        drafts_m = behind_m[column_m[behind_m] <= L]
+        ids_m = chain.ids_nL[piece_m[drafts_m], column_m[drafts_m] - 1]
+        rows.ids_RC[which[piece_m[drafts_m]], position_m[drafts_m]] = ids_m
+    if len(behind_m) and len(masks_m := behind_m[column_m[behind_m] > L]):
+        outcome, place = np.divmod(column_m[masks_m] - 1 - L, (chosen_nC.shape[1] - L) // (L + 1))
+        outcome_m[masks_m], place_m[masks_m] = outcome, place
+        placed = _placed(rows, which[piece_m], position_m, masks_m, start_n[piece_m[masks_m]] + outcome, place)
+        position_m = placed.position_q
     one_n = np.ones_like(which)
+    asked = Asked(chain, begin_n, drafts_n, outcome_m, place_m)
     return Work(
-        which, start_n, width_n, one_n, one_n, piece_m, query_m, target_m, np.zeros_like(piece_m),
-        partial(settle, guess_m=guess_m, begin_n=begin_n),
+        which, start_n, width_n, one_n, one_n, piece_m, query_m, position_m + 1, np.zeros_like(piece_m),
+        partial(settle, asked=asked), placed=placed,
     )  # fmt: skip
 
 
-def _widths(pace: Pace, width_n: np.ndarray, chance_k: np.ndarray, most_k: np.ndarray) -> np.ndarray:
-    """How many tokens each of some rows runs, so that the forward makes the most tokens per second.
-
-    All that draft have one width: the rows that gain the most by it, as many as pay. A draft's gain is the chance that
-    it and all before it are right. What runs beside is worth the time it takes.
-    """
-    width_k = np.ones_like(most_k)
-    if (chance_k / (1 - chance_k)).sum() <= (SURE - 1) * len(width_n):  # not even for nothing
-        return width_k
-    gain_Wk = np.where(most_k >= WIDTHS_W1 - 1, (chance_k - chance_k**WIDTHS_W1) / (1 - chance_k), 0)
-    order_Wk = np.argsort(-gain_Wk, axis=1, kind="stable")
-    tokens, more_k = pace.padded or int(width_n.sum()), np.arange(1, len(chance_k) + 1)
-    plain, whole = pace.seconds(np.array([tokens, tokens + pace.beside]), drafts=False)
-    worth = len(width_n) * whole / plain
-    tokens_Wk = tokens + pace.beside + (WIDTHS_W1 - 1) * (pace.padded or more_k)
-    made_Wk = worth + np.take_along_axis(gain_Wk, order_Wk, 1).cumsum(1)
-    rate_Wk = made_Wk / np.maximum.accumulate(pace.seconds(tokens_Wk, drafts=True), axis=1)
-    best, last = np.unravel_index(rate_Wk.argmax(), rate_Wk.shape)
-    if rate_Wk[best, last] > SURE * worth / whole:
-        drafting = order_Wk[best, : last + 1]
-        width_k[drafting] = np.where(gain_Wk[best, drafting] > 0, WIDTHS_W1[best], 1)
-    return width_k
+def _placed(
+    rows: Rows, row_m: np.ndarray, slot_m: np.ndarray, masks_m: np.ndarray, last: np.ndarray, place: np.ndarray
+) -> Placed:
+    """Masks see the row up to the `last` token of their outcome, and those of their block that stand before them."""
+    ids_m, position_m, limit_m = rows.ids_RC[row_m, slot_m], slot_m.copy(), slot_m + 1
+    own_m, end_m = np.zeros_like(slot_m), np.zeros_like(slot_m)
+    row, slot = row_m[masks_m], slot_m[masks_m]
+    ids_m[masks_m] = rows.first_mask_R[row] + np.minimum(place, rows.mask_kinds_R[row] - 1)
+    position_m[masks_m], limit_m[masks_m] = last + 1 + place, last + 1
+    own_m[masks_m], end_m[masks_m] = slot - place, slot + 1
+    return Placed(ids_m, position_m, limit_m, own_m, end_m)
 
 
-def settle(
-    rows: Rows, work: Work, tokens_m: np.ndarray, confidence_m: np.ndarray, guess_m: np.ndarray, begin_n: np.ndarray
-) -> np.ndarray:
-    """Every row accepts its drafts up to the first wrong one, and the prediction behind them. `guess_m` -1: none."""
-    which, row_m, width_n = work.rows_n, work.row_m, work.width_n
-    right_m = (tokens_m == guess_m) & ~rows.stopping(row_m, tokens_m)
-    # how many guesses of a row are right before the first that is not
-    right_n = np.minimum.reduceat(np.where(right_m, width_n[work.piece_m], work.query_m), begin_n)
-    accepted_n = np.minimum(right_n, width_n - 1)
-    chosen_m: np.ndarray = work.query_m <= accepted_n[work.piece_m]
+def settle(rows: Rows, work: Work, tokens_m: np.ndarray, confidence_m: np.ndarray, asked: Asked) -> np.ndarray:
+    """Every row accepts its drafts up to the first wrong one and the prediction behind, and keeps its new drafts."""
+    which, row_m, piece_m, query_m = work.rows_n, work.row_m, work.piece_m, work.query_m
+    chain, known_m = asked.chain, asked.outcome_m < 0
+    drafted_m = known_m & (query_m < asked.drafts_n[piece_m])
+    guess_m = chain.ids_nL[piece_m, np.minimum(query_m, chain.ids_nL.shape[1] - 1)]
+    wrong_m = known_m & ~(drafted_m & (tokens_m == guess_m))
+    accepted_n = np.minimum.reduceat(np.where(wrong_m, query_m, NEVER), asked.begin_n)
+    chosen_m: np.ndarray = known_m & (query_m <= accepted_n[piece_m])
     if rows.pace.drafts:
-        rows.ids_RC[row_m, work.target_m] = np.maximum(rows.settings_R["mask_token_id"][row_m], 0)
-        rows.drafted_R[which] += width_n - 1
-        rows.accepted_R[which] += accepted_n
+        rows.ids_RC[row_m[drafted_m], work.target_m[drafted_m]] = np.maximum(
+            rows.settings_R["mask_token_id"][row_m[drafted_m]], 0
+        )
+        rows.drafted_RS[which, chain.source_n] += asked.drafts_n
+        rows.accepted_RS[which, chain.source_n] += accepted_n
     rows.reveal(row_m[chosen_m], work.target_m[chosen_m], tokens_m[chosen_m])
     rows.start_R[which] += accepted_n + 1
-    _learn(rows, which, right_n, width_n, guess_m[begin_n] >= 0)
+    if chain.found_n.any():
+        looked_m = chain.looked_nM[piece_m, np.minimum(query_m, chain.looked_nM.shape[1] - 1)]
+        wrong_m = chosen_m & ((tokens_m != looked_m) | rows.stopping(row_m, tokens_m))
+        right_n = np.minimum.reduceat(np.where(wrong_m, query_m, NEVER), asked.begin_n)
+        _learn(rows, which, np.minimum(right_n, accepted_n + 1), accepted_n + 1, chain.found_n)
+    if work.placed is not None or rows.sure_RK[which].any():
+        mine_m = (asked.outcome_m == accepted_n[piece_m]).nonzero()[0]
+        _keep(rows, which, row_m[mine_m], asked.place_m[mine_m], tokens_m[mine_m], confidence_m[mine_m])
     return chosen_m
 
 
-def _learn(rows: Rows, which: np.ndarray, right_n: np.ndarray, width_n: np.ndarray, guessed_n: np.ndarray) -> None:
-    """Of the guesses of the rows, `right_n` were right, and if that was not the whole width, the next one wrong."""
-    whole_n = right_n == width_n
-    rows.alike_R[which] = (rows.alike_R[which] + width_n) * whole_n
-    which, right_k, whole_k = which[guessed_n], right_n[guessed_n], whole_n[guessed_n]
+def _keep(
+    rows: Rows, which: np.ndarray, row_m: np.ndarray, place_m: np.ndarray, tokens_m: np.ndarray, sure_m: np.ndarray
+) -> None:
+    """What the masks of the outcome predict are the next drafts; how sure they are is what is hoped of later ones."""
+    rows.sure_RK[which] = 0
+    if len(row_m):
+        rows.draft_RK[row_m, place_m], rows.sure_RK[row_m, place_m] = tokens_m, np.minimum(sure_m, 0.999)
+        worth_m = rows.sure_RK[row_m].cumprod(1)[np.arange(len(row_m)), place_m]
+        hope_m = LATE * rows.hope_RK[row_m, place_m] + (1 - LATE) * worth_m
+        rows.hope_RK[row_m, place_m] = hope_m
+        rows.pace.hope[place_m] = hope_m  # of the last of these rows
+
+
+def _learn(rows: Rows, which: np.ndarray, right_n: np.ndarray, compared_n: np.ndarray, found_n: np.ndarray) -> None:
+    """Of what was looked up, `right_n` tokens were right, and if those were not all compared, the next one wrong."""
+    whole_n = right_n == compared_n
+    rows.alike_R[which] = (rows.alike_R[which] + compared_n) * (whole_n & found_n)
+    which, right_k, whole_k = which[found_n], right_n[found_n], whole_n[found_n]
     chance_k = 1 - (1 - rows.chance_R[which]) * LATE**right_k
     rows.chance_R[which] = np.minimum(np.where(whole_k, chance_k, LATE * chance_k), 0.99)
     right = int(right_k.sum())
