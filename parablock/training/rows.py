@@ -81,14 +81,14 @@ class RowDataset(Dataset[Row]):
         return sample_noise(length, self.config.block_size, seed=self.config.seed, epoch=epoch, sample=sample)
 
 
-def draw_anchors(parts: Sequence[Sample], count: int, *key: int) -> Tensor:
-    """Where in a row drafts begin `[L]` (bool): at most `count` of the tokens behind whose next one a label stands.
+def draw_anchors(parts: Sequence[Sample], count: int, *key: int, ahead: int = 2) -> Tensor:
+    """Where in a row drafts begin `[L]` (bool): at most `count` of the tokens that have a label `ahead` of them.
 
-    A block of masks predicts from the next token but one on. What is drawn depends on `key` alone.
+    The first mask behind a token predicts the one after the next. What is drawn depends on `key` alone.
     """
-    learned = torch.tensor(
-        [label != IGNORE for p in parts for label in (*p.labels[2:], *[IGNORE] * 2)[: len(p.labels)]]
-    )
+    none = [IGNORE] * ahead
+    labels = torch.tensor([label for p in parts for label in (*p.labels[ahead:], *none)[: len(p.labels)]])
+    learned = labels != IGNORE
     places = learned.nonzero()[:, 0]
     chosen = torch.randperm(len(places), generator=seeded_generator(*key, "anchors"))[:count]
     return torch.zeros_like(learned).index_fill(0, places[chosen], True)
