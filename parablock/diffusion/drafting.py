@@ -112,28 +112,28 @@ def _check(input_ids: Tensor, labels: Tensor, anchors: Tensor) -> None:
 class DraftBlocks:
     """What the masks of a forward attend to, for `draft_attention`.
 
-    `anchor`, `start` `[A]`: where, in its row, each block's anchor and its sample's first token stand. `rows`: for
-    every row with anchors its index, the range of its blocks and how many of its clean tokens they see. `keys`,
-    `values`: of the clean tokens in each layer `[B, H_kv, L, d]`.
+    `anchor [A]`: where, in its row, each block's anchor stands. `samples`: for every sample with anchors its row, the
+    range of its blocks, and the range of clean tokens that any of them sees. `keys`, `values`: of the clean tokens in
+    each layer `[B, H_kv, L, d]`.
     """
 
     draft_tokens: int
     anchor: Tensor
-    start: Tensor
-    rows: tuple[tuple[int, int, int, int], ...]
+    samples: tuple[tuple[int, slice, slice], ...]
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
 
-    def seen(self, begin: int, end: int, length: int, window: int) -> Tensor:
-        """What the masks of a range of blocks see `[blocks, k, length + k]`: their row's clean tokens, their block."""
-        device, (anchor, start) = self.anchor.device, (x[begin:end, None, None] for x in (self.anchor, self.start))
-        token, mask = torch.arange(length, device=device), torch.arange(self.draft_tokens, device=device)
-        clean = ((token >= start) & (token <= anchor)).expand(-1, self.draft_tokens, -1)
+    def seen(self, blocks: slice, clean: slice, window: int) -> Tensor:
+        """What masks of one sample see of its clean tokens and of their own block `[blocks, k, clean tokens + k]`."""
+        anchor, device = self.anchor[blocks, None, None], self.anchor.device
+        token = torch.arange(clean.start, clean.stop, device=device)
+        mask = torch.arange(self.draft_tokens, device=device)
+        known = (token <= anchor).expand(-1, self.draft_tokens, -1)
         own = mask <= mask[:, None]
         if window:
-            clean = clean & near(anchor[:, 0] + 1 + mask, token, window)
+            known = known & near(anchor[:, 0] + 1 + mask, token, window)
             own = own & near(mask, mask, window)
-        return torch.cat([clean, own.expand(end - begin, -1, -1)], -1)
+        return torch.cat([known, own.expand(len(anchor), -1, -1)], -1)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Drafts:
         place = anchor[:, None] + 1 + torch.arange(k, device=anchor.device)
         layers: list[Any] = cache.layers
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
-        blocks = DraftBlocks(k, anchor, start, _row_ranges(row, anchor, len(anchors)), keys, values)
+        blocks = DraftBlocks(k, anchor, _by_sample(row, start, anchor), keys, values)
         ids = torch.tensor(gate.mask_ids(k), device=anchor.device).repeat(1, len(anchor))
         with using_attention(model, register_draft_attention()):
             hidden = decoder(
@@ -189,16 +189,13 @@ def _base_alone(model: Model, gate: Gate) -> Iterator[None]:
         model.train(training)
 
 
-def _row_ranges(row: Tensor, anchor: Tensor, rows: int) -> tuple[tuple[int, int, int, int], ...]:
-    """See `DraftBlocks.rows`. Syncs with the host once."""
-    last = torch.zeros(rows, dtype=torch.long, device=row.device).scatter_reduce(0, row, anchor, "amax")
-    counts = torch.stack([torch.bincount(row, minlength=rows), last + 1]).tolist()
-    ranges, begin = [], 0
-    for index, (count, length) in enumerate(zip(*counts, strict=True)):
-        if count:
-            ranges.append((index, begin, begin + count, length))
-        begin += count
-    return tuple(ranges)
+def _by_sample(row: Tensor, start: Tensor, anchor: Tensor) -> tuple[tuple[int, slice, slice], ...]:
+    """See `DraftBlocks.samples`; anchors stand in order. Syncs with the host once."""
+    sample = torch.stack([row, start], 1)
+    counts = torch.unique_consecutive(sample, return_counts=True, dim=0)[1]
+    end = counts.cumsum(0)
+    found = torch.stack([row[end - 1], end - counts, end, start[end - 1], anchor[end - 1] + 1], 1).tolist()
+    return tuple((index, slice(begin, to), slice(first, last)) for index, begin, to, first, last in found)
 
 
 def draft_attention(
@@ -241,17 +238,17 @@ def _attend(
     q = query.view(kv_heads, share, blocks, k, width).transpose(1, 2)
     own_k, own_v = key.view(kv_heads, blocks, k, width), value.view(kv_heads, blocks, k, out_width)
     parts = []
-    for row, begin, end, length in drafts.rows:
-        count = end - begin
+    for row, these, clean in drafts.samples:
+        count, length = these.stop - these.start, clean.stop - clean.start
         flat, by_block = (kv_heads, count * share * k, -1), (kv_heads, count, share * k, -1)
-        q_row = q[:, begin:end].reshape(flat[0], flat[1], width)
-        clean_k, clean_v = (x[row, :, :length] for x in (drafts.keys[layer], drafts.values[layer]))
-        own = (q_row.view(*by_block[:3], width) @ own_k[:, begin:end].mT).view(flat)
+        q_row = q[:, these].reshape(flat[0], flat[1], width)
+        clean_k, clean_v = (x[row, :, clean] for x in (drafts.keys[layer], drafts.values[layer]))
+        own = (q_row.view(*by_block[:3], width) @ own_k[:, these].mT).view(flat)
         scores = torch.cat([q_row @ clean_k.mT, own], -1).view(kv_heads, count, share, k, length + k)
-        seen = drafts.seen(begin, end, length, window)[:, None]
+        seen = drafts.seen(these, clean, window)[:, None]
         weights = attention_weights(scores, seen, softcap, value.dtype, dropout)
         of_clean, of_own = weights[..., :length].reshape(flat), weights[..., length:].reshape(by_block)
-        out = of_clean @ clean_v + (of_own @ own_v[:, begin:end]).view(flat)
+        out = of_clean @ clean_v + (of_own @ own_v[:, these]).view(flat)
         parts.append(out.view(kv_heads, count, share, k, out_width))
     return torch.cat(parts, 1).permute(1, 3, 0, 2, 4).reshape(1, blocks * k, heads, out_width)
 
