@@ -3,10 +3,10 @@
     python benchmarks/draft_training_cost.py
 
 Forward and backward over 4 rows of 512 tokens, three quarters of them learned, 64 anchors a row with 7 masks each, in
-turns, on one thread, in seconds of the processor: the drafts' loss with a frozen base (packed, in float32 and in bfloat16), and the AR loss where
-all weights are trained (float32, and bfloat16 under autocast) or a LoRA adapter of the same rank is. On the bundled AR
-model; with `--large-repeats`, also on random weights in the shape of SmolLM2-135M (some minutes, 12 GB). Prints a table
-and writes `benchmarks/results/draft_training_cost.json`.
+turns, on one thread, in seconds of the processor: the drafts' loss with a frozen base (packed, in float32 and in
+bfloat16), and the AR loss where all weights are trained (float32, and bfloat16 under autocast) or a LoRA adapter of the
+same rank is. On the bundled AR model; with `--large-repeats`, also on random weights in the shape of SmolLM2-135M (some
+minutes, 12 GB). Prints a table and writes `benchmarks/results/draft_training_cost.json`.
 """
 
 import statistics
