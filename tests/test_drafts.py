@@ -182,14 +182,14 @@ def test_where_guesses_are_wrong_nothing_is_drafted_until_they_are_right(monkeyp
     monkeypatch.setattr(speculative, "lookup", five)
     rows, which, drafted = rows_of([[1, 2, 3]]), np.arange(1), list[int]()
     rows.pace = pace_of(lambda tokens: 32.0 + tokens)
-    for token in [6] * 60 + [5] * 20:
+    for token in [6] * 60 + [5] * 60:
         works = next_work(rows, which)
         width = works[0].tokens
         drafted.append(width - 1)
         settle(rows, works, np.full(width, token), np.ones(width, dtype=np.float32))
     assert drafted[0] == 3
     assert set(drafted[40:60]) == {0}
-    assert len([step for step in looked if 40 <= step < 60]) == 4  # and hardly looked for
+    assert len([step for step in looked if 40 <= step < 60]) <= 2  # and hardly looked for
     assert drafted[-1] == 7
     assert rows.accepted_RS[0].tolist() == [0, sum(drafted[60:])]
     assert rows.pace.chance > 0.5
