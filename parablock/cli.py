@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-WHICH = "A checkpoint: directory, hub id, 'bundled' or 'bundled-ar'."
+WHICH = "A checkpoint: directory, hub id, 'bundled', 'bundled-ar' or 'bundled-causal'."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=WHICH)]
 ArOption = Annotated[str | None, typer.Option(help="A model for AR. Default: the same; for 'bundled' its AR model.")]
 ModelArgument = Annotated[str, typer.Argument(help=WHICH)]

@@ -28,8 +28,9 @@ def load(
     files straight to their device; code that comes with a checkpoint is never run.
 
     Args:
-        path_or_id: a directory, a hub id, `"bundled"` (the block-diffusion model that comes with the package) or
-            `"bundled-ar"` (the AR model it was adapted from).
+        path_or_id: a directory, a hub id, `"bundled"` (the block-diffusion model that comes with the package),
+            `"bundled-ar"` (the AR model it was adapted from) or `"bundled-causal"` (that one, with an adapter whose
+            masks draft for it).
         dtype: a torch dtype or its name, "auto" for the checkpoint's own, or "int8" (on a CPU: 8-bit weights). By
             default the checkpoint's own; on a CPU float32, unless the checkpoint is a large one in bfloat16 and the
             processor multiplies in it.

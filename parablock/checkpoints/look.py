@@ -18,7 +18,9 @@ from parablock.checkpoints.checks import (
 from parablock.decoding.config import DecodeConfig, Mode
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
-BUNDLED_MODELS = {"bundled": BUNDLED / "diffusion", "bundled-ar": BUNDLED / "ar"}
+BUNDLED_MODELS = {name: BUNDLED / folder for name, folder in (
+    ("bundled", "diffusion"), ("bundled-ar", "ar"), ("bundled-causal", "causal"),
+)}  # fmt: skip
 OFFICIAL = "Fast_dLLM_Qwen"  # model_type of the published checkpoints, all of them adapted
 
 
