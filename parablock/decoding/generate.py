@@ -73,11 +73,13 @@ class Step(Window):
     response tokens each row has so far without a gap; `decode_forwards [R]`: in how many forwards it took part, prefill
     excluded; `done [R]`: finished rows. In speculative decoding, -1 where there is none: `drafts [R, K]`, what masks
     have drafted behind the last known token, to be verified by a later forward; `refused [R, K]`, which drafts (of any
-    drafter) this step has verified and not accepted.
+    drafter) this step has verified and not accepted; `drafted [R]` and `accepted [R]` count tokens so far.
     """
 
     new_tokens: np.ndarray
     decode_forwards: np.ndarray
+    drafted: np.ndarray
+    accepted: np.ndarray
     done: np.ndarray
     _rows: Rows = field(repr=False)
 
@@ -134,8 +136,10 @@ def stream(model: Model, input_ids: Prompts, config: DecodeConfig | None = None)
 
 def _step(rows: Rows, settled: Settled, stood: Before) -> Step:
     shown = window(rows, settled, np.arange(len(rows.active_R)), stood)
-    return Step(**vars(shown), new_tokens=rows.length_R.copy(), decode_forwards=rows.forwards_R.copy(),
-                done=~rows.active_R, _rows=rows)  # fmt: skip
+    return Step(
+        **vars(shown), new_tokens=rows.length_R.copy(), decode_forwards=rows.forwards_R.copy(),
+        drafted=rows.drafted_RS.sum(1), accepted=rows.accepted_RS.sum(1), done=~rows.active_R, _rows=rows,
+    )  # fmt: skip
 
 
 def _decode(
