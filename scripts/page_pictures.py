@@ -146,8 +146,8 @@ def blocks(browser: Browser, url: str) -> None:
 
 def drafts(browser: Browser, url: str) -> None:
     """Speculative decoding in the middle of an answer, and its race against AR."""
+    ask(opened(browser, url, DESKTOP, "light"))  # the first answer warms the engine up
     page = opened(browser, url, DESKTOP, "light")
-    ask(page)  # the first answer warms the engine up
     ask(page)
     steps = int(page.locator(".pb-scrub").get_attribute("max") or 0) + 1
     scrub(page, steps // 2)

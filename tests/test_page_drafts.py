@@ -57,7 +57,7 @@ def test_drafts_are_grey_then_accepted_or_struck_out(open_page: Any, answer: tup
     text, drafted, accepted = answer
     page = open_page()
     expect(page.locator(".pb-empty")).to_contain_text("Grey tokens are drafts")
-    expect(page.locator(".pb-facts")).to_contain_text("both or masks or lookup")
+    expect(page.locator(".pb-facts")).to_contain_text("masks and lookup")
     assert not page.get_by_label("Sub-block cache").is_visible()
     page.evaluate(SEEN)
     page.get_by_label("number input for Draft tokens").fill("4")

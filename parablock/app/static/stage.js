@@ -85,7 +85,7 @@ function drawCell(node, cell, forwards) {
   const shown = cell.text.replace(/\n/g, "↵\n");
   const kind = cell.draft ? ` pb-${cell.draft}` : colour === "drafts" && cell.accepted ? " pb-accepted" : hue === null ? " pb-plain" : "";
   node.className = "pb-token" + kind + (cell.fresh ? " pb-fresh" : "") + (shown ? "" : " pb-end");
-  node.style.setProperty("--h", hue ?? 0);
+  node.style.setProperty("--h", hue ?? (cell.accepted ? 150 : 275));
   const [, lead, core, tail] = shown.match(/^(\s*)([^]*?)(\s*)$/);
   node.replaceChildren(lead, make("b", "", core), tail);
   const sure = cell.confidence === null || cell.confidence === undefined ? "" : `, confidence ${cell.confidence.toFixed(3)}`;
