@@ -184,7 +184,7 @@ def bench(
     folder: Annotated[Path, typer.Option(help="Where table, plots and JSON go.")] = Path("parablock-bench"),
     given: Given = NOTHING,
 ) -> None:
-    """Measure speed: AR against block diffusion in the same engine."""
+    """Measure speed: AR against block diffusion, or against speculative decoding, in the same engine."""
     config = BenchConfig(**given)
     if random_weights is None:
         announce(look(model), DecodeConfig())

@@ -73,7 +73,8 @@ def test_bench_and_eval_measure_an_ar_checkpoint(tmp_path: Path, capsys: pytest.
     app(["bench", "bundled-ar", *few.split(), "--folder", str(tmp_path / "bench")], standalone_mode=False)
     assert LINE in capsys.readouterr().err
     rows = json.loads((tmp_path / "bench" / "report.json").read_text())["rows"]
-    assert [row["mode"] for row in rows] == ["autoregressive"]
+    assert [row["mode"] for row in rows] == ["autoregressive", "speculative"]
+    assert rows[1]["equal"] == 1
     with pytest.raises(ValueError, match="ar='bundled': bundled-ar was never adapted"):
         app(["bench", "bundled-ar", "--ar", "bundled"], standalone_mode=False)
     capsys.readouterr()

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from gated import gated
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import start_function
 
+from parablock.bench.load import share_equal
 from parablock.data.word_problems import word_problem
 
 QUESTION = word_problem("test", 5, 0).question
@@ -41,6 +44,33 @@ def test_chat_tells_how_many_drafts_were_right(tmp_path: Path) -> None:
     )
     *answer, figures = [line for line in out.splitlines() if line.strip("> ")]
     assert answer == [line for line in ar.splitlines() if line.strip("> ")][:-1]
-    assert "drafted tokens accepted" in figures
+    assert "drafts accepted" in figures
     assert "tokens per forward" in figures
-    assert "drafted" not in ar
+    assert "drafts" not in ar
+
+
+def test_bench_compares_it_with_ar_at_the_same_load(tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    few = "--requests 3 --rounds 1 --repeats 2 --concurrency 1,2 --new-tokens 24 --drafter lookup,both"
+    out, _ = run("bench", "bundled-ar", *few.split(), "--folder", folder)
+    report = json.loads((folder / "report.json").read_text())
+    names = ["AR", "speculative, lookup", "speculative, both"]
+    assert [(row["name"], row["concurrency"]) for row in report["rows"]] == [(n, c) for c in (1, 2) for n in names]
+    for row in report["rows"]:
+        if row["mode"] == "autoregressive":
+            assert (row["drafted"], row["equal"]) == (0, None)
+        else:
+            assert row["equal"] == 1
+            assert row["accepted"] <= row["drafted"]
+    assert "equal to AR" in out
+    assert "100.00 %" in (folder / "report.md").read_text()
+    assert (folder / "over-ar.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "concurrency.png").exists()
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5), st.data())
+def test_the_share_of_equal_tokens(reference: list[list[int]], data: Any) -> None:
+    assert share_equal(reference, reference) == 1
+    answers = [[*row[: data.draw(st.integers(0, len(row)))], 9] for row in reference]  # right so far, then never
+    kept = sum(len(row) - 1 for row in answers)
+    assert share_equal(answers, reference) == kept / sum(map(len, reference))

@@ -190,7 +190,8 @@ def look() -> dict[str, Any]:
 def _head(site: Site) -> str:
     from html import escape
 
-    own = ("block size", site.block_size) if site.mode == "diffusion" else ("drafts by", " and ".join(name for name in site.drafters if name != "both"))
+    sources = " and ".join(name for name in site.drafters if name != "both")
+    own = ("block size", site.block_size) if site.mode == "diffusion" else ("drafts by", sources)
     facts: list[tuple[str, object]] = [("model", site.model), own, ("AR", site.ar)]
     pills = "".join(f"<span>{name} <b>{escape(str(fact))}</b></span>" for name, fact in facts)
     return (

@@ -87,8 +87,9 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], config: 
     seconds = time.perf_counter() - started
     tokens, forwards = len(step.tokens()), max(1, int(step.decode_forwards[0]))
     console.file.write("\n")
-    drafts = f", {step.accepted[0]} of {step.drafted[0]} drafted tokens accepted" if step.drafted[0] else ""
+    drafts = f", {step.accepted[0]} of {step.drafted[0]} drafts accepted" if step.drafted[0] else ""
     console.print(
-        f"[dim]{tokens} tokens, {tokens / seconds:.0f} tokens/s, {tokens / forwards:.2f} tokens per forward{drafts}[/]"
+        f"[dim]{tokens} tokens, {tokens / seconds:.0f} tokens/s, {tokens / forwards:.2f} tokens per forward{drafts}[/]",
+        soft_wrap=True,
     )
     return text
