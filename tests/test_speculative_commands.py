@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gated import gated
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from processes import start_function
 
 from parablock.bench.load import share_equal
 from parablock.data.word_problems import word_problem
+from parablock.evals.results import read
 
 QUESTION = word_problem("test", 5, 0).question
 
@@ -74,3 +76,24 @@ def test_the_share_of_equal_tokens(reference: list[list[int]], data: Any) -> Non
     answers = [[*row[: data.draw(st.integers(0, len(row)))], 9] for row in reference]  # right so far, then never
     kept = sum(len(row) - 1 for row in answers)
     assert share_equal(answers, reference) == kept / sum(map(len, reference))
+
+
+def test_eval_finds_the_scores_of_ar(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'parablock[eval]'")
+    reports, answers = {}, {}
+    for mode in ("autoregressive", "speculative"):
+        tasks = ("--tasks", "word_problems", "--limit", 6, "--max-new-tokens", 60)
+        more = ("--draft-tokens", 4) if mode == "speculative" else ()
+        out, _ = run("eval", "bundled-ar", "--mode", mode, *tasks, *more, "-o", tmp_path / mode, folder=tmp_path)
+        report, samples = read(tmp_path / mode)
+        reports[mode], answers[mode] = report["tasks"]["word_problems"], [sample.response for sample in samples]
+        assert ("drafts accepted" in " ".join(out.split())) == (mode == "speculative")
+    ar, speculative = reports["autoregressive"], reports["speculative"]
+    assert speculative["metrics"] == ar["metrics"]
+    assert answers["speculative"] == answers["autoregressive"]
+    pace = speculative["speed"]
+    assert pace["drafted"] == sum(pace["drafted_by"].values()) > pace["accepted"] == sum(pace["accepted_by"].values())
+    assert pace["accepted_by"]["masks"] > 0
+    assert pace["response_tokens"] == ar["speed"]["response_tokens"]
+    assert pace["tokens_per_forward"] > ar["speed"]["tokens_per_forward"]
+    assert ar["speed"]["drafted"] == 0
