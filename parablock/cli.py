@@ -92,7 +92,7 @@ def web_app(
     ar: ArOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """A web page: watch answers being denoised, replay them, race AR against block diffusion."""
+    """A web page: watch answers being decoded, replay them, race AR against block diffusion or speculation."""
     for library in ("gradio", "uvicorn", "httpx"):
         require_library(library, "app")
     if url is None:
