@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ PHONE = {"width": 390, "height": 844}
 LARGEST_GIF = 1_500_000
 
 
-def causal_model() -> tuple[Any, Any]:
-    """A model with a causal adapter, and its tokenizer: the bundled AR model with an adapter that nobody trained."""
+def causal_model(folder: Path) -> str:
+    """The checkpoint with a causal adapter, as seen from `folder`: of the bundled AR model, and nobody trained it."""
     import torch
 
     import parablock as pb
@@ -36,29 +37,17 @@ def causal_model() -> tuple[Any, Any]:
     for lora in gate.loras:
         lora.up.data.normal_(0, 0.1, generator=generator)
     attach(model, gate)
-    return model, tokenizer
+    pb.save(model, tokenizer, folder / "causal-adapter")
+    return "causal-adapter"
 
 
-def serve(model: Any, tokenizer: Any) -> str:
-    """A server of one model in this process; its address."""
-    from parablock.engine.config import EngineConfig
-    from parablock.server.app import create_app
-    from parablock.server.config import ServeConfig
-    from parablock.server.listener import Listener
-    from parablock.server.served import ServedModel
-
-    listening = socket.create_server(("127.0.0.1", 0))
-    Listener(create_app([ServedModel("bundled-ar", model, tokenizer, EngineConfig())], ServeConfig()), listening)
-    return f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-def start(*options: str) -> tuple[subprocess.Popen[str], str]:
-    """The page, of the bundled models unless `options` say another, on a free port."""
+def start(model: str, folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """The page of a model, as seen from `folder`, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "parablock", "app", "--port", str(port), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "parablock", "app", model, "--port", str(port)]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if found := re.search(r"http://\S+", line):
@@ -166,11 +155,12 @@ def drafts(browser: Browser, url: str) -> None:
 
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for options, take in (((), blocks), (("--url", serve(*causal_model())), drafts)):
-            process, url = start(*options)
+        for model, take in (("bundled", blocks), (causal_model(folder), drafts)):
+            process, url = start(model, folder)
             try:
                 take(browser, url)
             finally:

@@ -155,6 +155,18 @@ def attach_gate(model: Any, *, draft_tokens: int = 4, scale: float = 0.1) -> Any
     return model
 
 
+@pytest.fixture(scope="session")
+def causal_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint: such an adapter of the bundled AR model."""
+    from parablock.checkpoints.load import load
+    from parablock.checkpoints.save import save
+
+    folder = tmp_path_factory.mktemp("adapters") / "causal"
+    model, tokenizer = load("bundled-ar")
+    save(attach_gate(model), tokenizer, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()

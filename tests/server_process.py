@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import openai
 from fastapi import FastAPI
-from gated import gated
 from odd_device import odd_device
 from processes import Running, start, start_function
 
@@ -84,20 +83,12 @@ def free_port() -> int:
 
 @contextmanager
 def serve(
-    log: Path,
-    *arguments: str,
-    port: int = 0,
-    cold: bool = False,
-    device: Path | None = None,
-    drafting: bool = False,
-    **environment: str,
+    log: Path, *arguments: str, port: int = 0, cold: bool = False, device: Path | None = None, **environment: str
 ) -> Iterator[Served]:
-    """`device`: the folder of `odd_device`. `drafting`: the bundled AR model has a causal adapter."""
+    """`device`: the folder of `odd_device`."""
     log.touch()
     command = ["serve", *arguments, "--port", str(port)]
-    if drafting:
-        started = start_function(gated, command, stderr=str(log), environment=environment)
-    elif device is None:
+    if device is None:
         started = start(*command, cold=cold, stderr=str(log), environment=environment)
     else:
         started = start_function(odd_device, str(device), command, stderr=str(log), environment=environment)

@@ -1,12 +1,11 @@
 """Speculative decoding on the web page: a real Chromium over a real `parablock app` with a causal adapter."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import attach_gate
-from gated import gated
-from processes import start_function
+from processes import start
 from server_process import free_port
 
 import parablock as pb
@@ -27,17 +26,17 @@ SEEN = """() => {  // how many drafts, refused and accepted ones a visitor sees,
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with start_function(gated, ["app", "bundled-ar", "--port", str(free_port())]) as process:
+def address(causal_adapter: Path) -> Iterator[str]:
+    with start("app", causal_adapter, "--port", free_port()) as process:
         yield process.wait_for(ADDRESS)
 
 
 @pytest.fixture(scope="module")
-def answer() -> tuple[str, int, int]:
+def answer(causal_adapter: Path) -> tuple[str, int, int]:
     """The text; how many tokens are drafted, and how many accepted."""
-    model, tokenizer = pb.load("bundled-ar")
+    model, tokenizer = pb.load(causal_adapter)
     config = pb.DecodeConfig(mode="speculative", draft_tokens=4)
-    out = pb.generate(attach_gate(model), encode_prompt(tokenizer, [{"role": "user", "content": QUESTION}]), config)
+    out = pb.generate(model, encode_prompt(tokenizer, [{"role": "user", "content": QUESTION}]), config)
     return tokenizer.decode(out.tokens[0], skip_special_tokens=True), out.drafted[0], out.accepted[0]
 
 

@@ -1,31 +1,32 @@
 """Speculative decoding over HTTP: a real server process, the real openai client."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from conftest import attach_gate
 from server_process import QUESTION, Served, serve
 
 import parablock as pb
 from parablock.data.chat import encode_prompt
 
-ASK: dict[str, Any] = {"model": "bundled-ar", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60}
+ASK: dict[str, Any] = {"model": "", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60}
 BY_MASKS = {"mode": "speculative", "drafter": "masks", "draft_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tmp_path_factory.mktemp("log") / "stderr", "bundled-ar", "--also", "bundled", drafting=True) as served:
+def server(causal_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve(tmp_path_factory.mktemp("log") / "stderr", str(causal_adapter), "--also", "bundled") as served:
+        ASK["model"] = str(causal_adapter)
         yield served
 
 
 @pytest.fixture(scope="module")
-def expected() -> Any:
-    model, tokenizer = pb.load("bundled-ar")
+def expected(causal_adapter: Path) -> Any:
+    model, tokenizer = pb.load(causal_adapter)
     prompt = encode_prompt(tokenizer, ASK["messages"])
-    out = pb.generate(attach_gate(model), prompt, pb.DecodeConfig(max_new_tokens=60, **BY_MASKS))
+    out = pb.generate(model, prompt, pb.DecodeConfig(max_new_tokens=60, **BY_MASKS))
     return out, tokenizer.decode(out.tokens[0], skip_special_tokens=True)
 
 
@@ -33,7 +34,7 @@ def test_an_answer_tells_what_was_drafted(server: Served, expected: Any) -> None
     out, text = expected
     assert out.accepted[0] > 0
     before = {name: counted(server, name) for name in ("drafted", "accepted")}
-    forwards = server.metric("parablock_speculative_forwards_total", model="bundled-ar")
+    forwards = server.metric("parablock_speculative_forwards_total", model=ASK["model"])
     whole = server.client.chat.completions.create(**ASK, extra_body=BY_MASKS)
     assert whole.choices[0].message.content == text
     figures = whole.model_extra["parablock"]
@@ -42,13 +43,13 @@ def test_an_answer_tells_what_was_drafted(server: Served, expected: Any) -> None
     assert figures["forwards"] == out.decode_forwards[0]
     assert counted(server, "drafted") == before["drafted"] + out.drafted[0]
     assert counted(server, "accepted") == before["accepted"] + out.accepted[0]
-    assert server.metric("parablock_drafted_tokens_total", model="bundled-ar", drafter="lookup") == 0
-    added = server.metric("parablock_speculative_forwards_total", model="bundled-ar") - forwards
+    assert server.metric("parablock_drafted_tokens_total", model=ASK["model"], drafter="lookup") == 0
+    added = server.metric("parablock_speculative_forwards_total", model=ASK["model"]) - forwards
     assert added == out.decode_forwards[0]
 
 
 def counted(server: Served, name: str) -> float:
-    return server.metric(f"parablock_{name}_tokens_total", model="bundled-ar", drafter="masks")
+    return server.metric(f"parablock_{name}_tokens_total", model=ASK["model"], drafter="masks")
 
 
 def test_what_else_decodes_has_no_drafts(server: Served, expected: Any) -> None:
@@ -91,8 +92,8 @@ def test_a_stop_string_keeps_the_counts(server: Served, expected: Any) -> None:
 
 def test_the_card_and_wrong_settings(server: Served) -> None:
     cards = {card.id: card.model_extra["parablock"] for card in server.client.models.list()}
-    assert cards["bundled-ar"]["modes"] == ["speculative", "autoregressive"]
-    assert cards["bundled-ar"]["drafters"] == ["both", "masks", "lookup"]
+    assert cards[ASK["model"]]["modes"] == ["speculative", "autoregressive"]
+    assert cards[ASK["model"]]["drafters"] == ["both", "masks", "lookup"]
     assert cards["bundled"]["drafters"] == []
     for body, param in (
         ({**BY_MASKS, "draft_threshold": 1.0}, "draft_threshold"),

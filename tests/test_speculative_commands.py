@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gated import gated
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import start_function
+from processes import run
 
 from parablock.bench.load import share_equal
 from parablock.data.word_problems import word_problem
@@ -17,44 +16,33 @@ from parablock.evals.results import read
 QUESTION = word_problem("test", 5, 0).question
 
 
-def run(*args: object, stdin: str | None = None, folder: Path | None = None) -> tuple[str, str]:
-    """What the command writes to stdout and stderr, where `bundled-ar` has an adapter."""
-    options: dict[str, Any] = {} if stdin is None else {"stdin": stdin}
-    with start_function(gated, [str(arg) for arg in args], cwd=folder, **options) as process:
-        assert process.wait() == 0, process.err
-        return process.out, process.err
-
-
-def test_generate_counts_drafts_by_drafter() -> None:
-    speculative = ("generate", "--json", "-m", "bundled-ar", "--mode", "speculative", "--draft-tokens", 4, QUESTION)
-    plain = json.loads(run("generate", "--json", "-m", "bundled-ar", "--mode", "autoregressive", QUESTION)[0])
+def test_generate_counts_drafts_by_drafter(causal_adapter: Path) -> None:
+    speculative = ("generate", "--json", "-m", causal_adapter, "--mode", "speculative", "--draft-tokens", 4, QUESTION)
+    plain = json.loads(run("generate", "--json", "-m", causal_adapter, "--mode", "autoregressive", QUESTION).stdout)
     assert (plain["drafted"], plain["accepted"]) == (0, 0)
     assert plain["drafted_by"] == plain["accepted_by"] == {"masks": 0, "lookup": 0}
     for drafter in ("masks", "both"):
-        out = json.loads(run(*speculative, "--drafter", drafter)[0])
+        out = json.loads(run(*speculative, "--drafter", drafter).stdout)
         assert out["tokens"] == plain["tokens"]
         assert out["drafted"] == sum(out["drafted_by"].values()) > out["accepted"] == sum(out["accepted_by"].values())
         assert out["forwards"] == plain["forwards"] - out["accepted"]
         assert (out["drafted_by"]["lookup"] > 0) == (drafter == "both")
 
 
-def test_chat_tells_how_many_drafts_were_right(tmp_path: Path) -> None:
-    (tmp_path / "questions").write_text(f"{QUESTION}\n")
-    ar, _ = run("chat", "-m", "bundled-ar", "--mode", "autoregressive", stdin=str(tmp_path / "questions"))
-    out, _ = run(
-        "chat", "-m", "bundled-ar", "--mode", "speculative", "--draft-tokens", 4, stdin=str(tmp_path / "questions")
-    )
-    *answer, figures = [line for line in out.splitlines() if line.strip("> ")]
-    assert answer == [line for line in ar.splitlines() if line.strip("> ")][:-1]
+def test_chat_tells_how_many_drafts_were_right(causal_adapter: Path) -> None:
+    ar = run("chat", "-m", causal_adapter, "--mode", "autoregressive", input=f"{QUESTION}\n")
+    out = run("chat", "-m", causal_adapter, "--mode", "speculative", "--draft-tokens", 4, input=f"{QUESTION}\n")
+    *answer, figures = [line for line in out.stdout.splitlines() if line.strip("> ")]
+    assert answer == [line for line in ar.stdout.splitlines() if line.strip("> ")][:-1]
     assert "drafts accepted" in figures
     assert "tokens per forward" in figures
-    assert "drafts" not in ar
+    assert "drafts" not in ar.stdout
 
 
-def test_bench_compares_it_with_ar_at_the_same_load(tmp_path: Path) -> None:
+def test_bench_compares_it_with_ar_at_the_same_load(causal_adapter: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bench"
     few = "--requests 3 --rounds 1 --repeats 2 --concurrency 1,2 --new-tokens 24 --drafter lookup,both"
-    out, _ = run("bench", "bundled-ar", *few.split(), "--folder", folder)
+    out = run("bench", causal_adapter, *few.split(), "--folder", folder)
     report = json.loads((folder / "report.json").read_text())
     names = ["AR", "speculative, lookup", "speculative, both"]
     assert [(row["name"], row["concurrency"]) for row in report["rows"]] == [(n, c) for c in (1, 2) for n in names]
@@ -64,7 +52,7 @@ def test_bench_compares_it_with_ar_at_the_same_load(tmp_path: Path) -> None:
         else:
             assert row["equal"] == 1
             assert row["accepted"] <= row["drafted"]
-    assert "equal to AR" in out
+    assert "equal to AR" in out.stdout
     assert "100.00 %" in (folder / "report.md").read_text()
     assert (folder / "over-ar.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "concurrency.png").exists()
@@ -78,16 +66,16 @@ def test_the_share_of_equal_tokens(reference: list[list[int]], data: Any) -> Non
     assert share_equal(answers, reference) == kept / sum(map(len, reference))
 
 
-def test_eval_finds_the_scores_of_ar(tmp_path: Path) -> None:
+def test_eval_finds_the_scores_of_ar(causal_adapter: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'parablock[eval]'")
     reports, answers = {}, {}
     for mode in ("autoregressive", "speculative"):
         tasks = ("--tasks", "word_problems", "--limit", 6, "--max-new-tokens", 60)
         more = ("--draft-tokens", 4) if mode == "speculative" else ()
-        out, _ = run("eval", "bundled-ar", "--mode", mode, *tasks, *more, "-o", tmp_path / mode, folder=tmp_path)
+        out = run("eval", causal_adapter, "--mode", mode, *tasks, *more, "-o", tmp_path / mode, cwd=tmp_path)
         report, samples = read(tmp_path / mode)
         reports[mode], answers[mode] = report["tasks"]["word_problems"], [sample.response for sample in samples]
-        assert ("drafts accepted" in " ".join(out.split())) == (mode == "speculative")
+        assert ("drafts accepted" in " ".join(out.stdout.split())) == (mode == "speculative")
     ar, speculative = reports["autoregressive"], reports["speculative"]
     assert speculative["metrics"] == ar["metrics"]
     assert answers["speculative"] == answers["autoregressive"]

@@ -111,4 +111,5 @@ def _refused(rows: Rows, which: np.ndarray, before: Before) -> np.ndarray:
     place_K = np.arange(draft_nK.shape[1])
     source_nK = np.minimum(accepted_n[:, None] + place_K, draft_nK.shape[1] - 1)
     refused_nK = np.take_along_axis(draft_nK, source_nK, axis=1)
-    return np.where(place_K < (drafted_n - accepted_n)[:, None], refused_nK, -1)
+    refused_n = (drafted_n - accepted_n) * (rows.most_R[which] > 0)
+    return np.where(place_K < refused_n[:, None], refused_nK, -1)
