@@ -153,7 +153,7 @@ def decode(model: Any, prompts: list[list[int]], config: pb.DecodeConfig, way: W
         going_R = end_R < 0
         if not going_R.any():
             seconds, none = time.perf_counter() - started, [0] * len(tokens)  # are drafted
-            return pb.GenerateOutput(tokens, forwards, decode_forwards_R.tolist(), seconds, none, none)
+            return pb.GenerateOutput(tokens, forwards, decode_forwards_R.tolist(), seconds, none, none, {}, {})
         commit(start, start + D)
         forwards += 1
         decode_forwards_R[row_R] += 1

@@ -92,7 +92,7 @@ def web_app(
     ar: ArOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """A web page: watch answers being denoised, replay them, race AR against block diffusion."""
+    """A web page: watch answers being decoded, replay them, race AR against block diffusion or speculation."""
     for library in ("gradio", "uvicorn", "httpx"):
         require_library(library, "app")
     if url is None:
@@ -184,7 +184,7 @@ def bench(
     folder: Annotated[Path, typer.Option(help="Where table, plots and JSON go.")] = Path("parablock-bench"),
     given: Given = NOTHING,
 ) -> None:
-    """Measure speed: AR against block diffusion in the same engine."""
+    """Measure speed: AR against block diffusion, or against speculative decoding, in the same engine."""
     config = BenchConfig(**given)
     if random_weights is None:
         announce(look(model), DecodeConfig())

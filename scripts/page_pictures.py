@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,30 @@ PHONE = {"width": 390, "height": 844}
 LARGEST_GIF = 1_500_000
 
 
-def start() -> tuple[subprocess.Popen[str], str]:
-    """The page of the bundled models on a free port."""
+def causal_model(folder: Path) -> str:
+    """The checkpoint with a causal adapter, as seen from `folder`: of the bundled AR model, and nobody trained it."""
+    import torch
+
+    import parablock as pb
+    from parablock.diffusion.gate import attach, new_gate
+
+    model, tokenizer = pb.load("bundled-ar")
+    gate = new_gate(model, draft_tokens=4, rank=4, alpha=8.0)
+    generator = torch.Generator().manual_seed(1)
+    for lora in gate.loras:
+        lora.up.data.normal_(0, 0.1, generator=generator)
+    attach(model, gate)
+    pb.save(model, tokenizer, folder / "causal-adapter")
+    return "causal-adapter"
+
+
+def start(model: str, folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """The page of a model, as seen from `folder`, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "parablock", "app", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "parablock", "app", model, "--port", str(port)]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if found := re.search(r"http://\S+", line):
@@ -85,43 +103,70 @@ def animate(page: Page, name: str) -> None:
         raise SystemExit(f"{path} has {path.stat().st_size} bytes; make it smaller than {LARGEST_GIF}")
 
 
+def blocks(browser: Browser, url: str) -> None:
+    """Block diffusion: an answer in light and dark colours, on a phone, in a race, and step by step."""
+    ask(opened(browser, url, DESKTOP, "light"))  # the first answer warms the engines up
+    page = opened(browser, url, DESKTOP, "light")
+    ask(page)
+    scrub(page, 3)
+    shoot(page, "page-light")
+    page = opened(browser, url, DESKTOP, "dark")
+    ask(page)
+    page.click('[data-colour="order"]')
+    page.wait_for_timeout(400)
+    page.evaluate("document.activeElement.blur()")
+    shoot(page, "page-dark")
+    page = opened(browser, url, PHONE, "light", 2)
+    ask(page)
+    scrub(page, 3)
+    shoot(page, "page-phone")
+    page = opened(browser, url, {"width": 1200, "height": 1050}, "light")
+    ask(page, "#race")  # the first race warms the other engine up
+    page.click("#clear")
+    page.wait_for_selector(".pb-empty:visible")
+    ask(page, "#race")
+    page.wait_for_selector(".pb-verdict:visible")
+    page.mouse.move(0, 0)
+    shoot(page, "page-race")
+    page = opened(browser, url, {"width": 1200, "height": 860}, "light", 1)
+    ask(page)
+    animate(page, "denoising")
+
+
+def drafts(browser: Browser, url: str) -> None:
+    """Speculative decoding in the middle of an answer, and its race against AR."""
+    ask(opened(browser, url, DESKTOP, "light"))  # the first answer warms the engine up
+    page = opened(browser, url, DESKTOP, "light")
+    ask(page)
+    steps = int(page.locator(".pb-scrub").get_attribute("max") or 0) + 1
+    scrub(page, steps // 2)
+    while not page.locator(".pb-text .pb-draft").count() or not page.locator(".pb-text .pb-refused").count():
+        page.click('[data-do="forth"]')
+    page.evaluate("document.activeElement.blur()")
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(600)
+    shoot(page, "page-drafts")
+    page = opened(browser, url, {"width": 1200, "height": 1050}, "light")
+    ask(page, "#race")
+    page.wait_for_selector(".pb-verdict:visible")
+    page.mouse.move(0, 0)
+    shoot(page, "page-race-drafts")
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    process, url = start()
-    try:
-        with sync_playwright() as playwright:
-            chromium = shutil.which("chromium") or shutil.which("google-chrome")
-            browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-            ask(opened(browser, url, DESKTOP, "light"))  # the first answer warms the engines up
-            page = opened(browser, url, DESKTOP, "light")
-            ask(page)
-            scrub(page, 3)
-            shoot(page, "page-light")
-            page = opened(browser, url, DESKTOP, "dark")
-            ask(page)
-            page.click('[data-colour="order"]')
-            page.wait_for_timeout(400)
-            page.evaluate("document.activeElement.blur()")
-            shoot(page, "page-dark")
-            page = opened(browser, url, PHONE, "light", 2)
-            ask(page)
-            scrub(page, 3)
-            shoot(page, "page-phone")
-            page = opened(browser, url, {"width": 1200, "height": 1050}, "light")
-            ask(page, "#race")  # the first race warms the other engine up
-            page.click("#clear")
-            page.wait_for_selector(".pb-empty:visible")
-            ask(page, "#race")
-            page.wait_for_selector(".pb-verdict:visible")
-            page.mouse.move(0, 0)
-            shoot(page, "page-race")
-            page = opened(browser, url, {"width": 1200, "height": 860}, "light", 1)
-            ask(page)
-            animate(page, "denoising")
-            browser.close()
-    finally:
-        process.terminate()
-        process.wait(20)
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chromium = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        for model, take in (("bundled", blocks), (causal_model(folder), drafts)):
+            process, url = start(model, folder)
+            try:
+                take(browser, url)
+            finally:
+                process.terminate()
+                process.wait(20)
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from parablock.diffusion.gate import attach, new_gate
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("repeatable")
 
@@ -141,6 +143,28 @@ def ar_model(**changes: Any) -> Any:
     model = small_model(**changes)
     model.config.bd_size = None
     return model
+
+
+def attach_gate(model: Any, *, draft_tokens: int = 4, scale: float = 0.1) -> Any:
+    """A causal adapter that nobody trained: its masks' drafts are right now and then."""
+    gate = new_gate(model, draft_tokens=draft_tokens, rank=4, alpha=8.0)
+    generator = torch.Generator().manual_seed(1)
+    for lora in gate.loras:
+        lora.up.data.normal_(0, scale, generator=generator)
+    attach(model, gate)
+    return model
+
+
+@pytest.fixture(scope="session")
+def causal_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint: such an adapter of the bundled AR model."""
+    from parablock.checkpoints.load import load
+    from parablock.checkpoints.save import save
+
+    folder = tmp_path_factory.mktemp("adapters") / "causal"
+    model, tokenizer = load("bundled-ar")
+    save(attach_gate(model), tokenizer, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

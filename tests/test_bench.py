@@ -31,8 +31,9 @@ def test_a_load_keeps_so_many_in_flight_and_loses_none() -> None:
             engine.step = lambda step=step, engine=engine, seen=seen: (  # type: ignore[method-assign]
                 step(), seen.append(engine.stats["running"])
             )[0]  # fmt: skip
-            out = run_load(engine, PROMPTS, config, concurrency)
+            out, answers = run_load(engine, PROMPTS, config, concurrency)
             assert max(seen) == concurrency
+        assert answers == [tokens for prompt in PROMPTS for tokens in pb.generate(model, prompt, config).tokens]
         assert out.requests == len(PROMPTS)
         assert out.tokens == 12 * len(PROMPTS)
         assert out.tokens_per_second == pytest.approx(out.tokens / out.seconds)
@@ -50,7 +51,7 @@ def test_cases_and_speed_ups() -> None:
         concurrency=(1, 2), thresholds=(0.5, 0.9), sub_block_sizes=(4, 8), compile=(False,), new_tokens=8, requests=2,
         repeats=2,
     )  # fmt: skip
-    lines = cases(config)
+    lines = cases(config, ("diffusion", "autoregressive"))
     assert len(lines) == 2 * (1 + 4)
     assert len({(case.name, case.concurrency) for case in lines}) == len(lines)
     model = small_model()

@@ -298,7 +298,7 @@ BAD_CONFIGS = [
     ({"tokens_per_step": 0}, "tokens_per_step=0"),
     ({"seed": 2**70}, "seed=1180591620717411303424"),
     ({"mode": "speculative", "draft_tokens": 0}, "draft_tokens=0"),
-    ({"mode": "speculative", "drafter": "oracle"}, "drafter='oracle' is out of range; use 'lookup'"),
+    ({"mode": "speculative", "drafter": "oracle"}, "drafter='oracle' is out of range; use 'masks', 'lookup' or 'both'"),
     ({"draft_tokens": 3}, "draft_tokens=3 belongs to mode='speculative', and mode is None"),
     ({"mode": "autoregressive", "drafter": "lookup"}, "drafter='lookup' belongs to mode='speculative'"),
 ]

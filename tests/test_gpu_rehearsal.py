@@ -241,4 +241,4 @@ def test_memory_of_the_device(there: Any, stand_in: StandIn) -> None:
     assert kv_pages(config, 1000, 8, {FIRST: 100, SECOND: 20}) == 4_000 * 3 // 4 // 160  # the least room decides
     with pb.Engine(there) as engine:
         assert engine.stats["pages"] == 64_000 * 3 // 4 // (D * engine.runner.kv.bytes_per_token)
-        assert run_load(engine, FEW[:2], BASE, 2).memory_bytes == stand_in.allocated
+        assert run_load(engine, FEW[:2], BASE, 2)[0].memory_bytes == stand_in.allocated

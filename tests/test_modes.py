@@ -73,7 +73,8 @@ def test_bench_and_eval_measure_an_ar_checkpoint(tmp_path: Path, capsys: pytest.
     app(["bench", "bundled-ar", *few.split(), "--folder", str(tmp_path / "bench")], standalone_mode=False)
     assert LINE in capsys.readouterr().err
     rows = json.loads((tmp_path / "bench" / "report.json").read_text())["rows"]
-    assert [row["mode"] for row in rows] == ["autoregressive"]
+    assert [row["mode"] for row in rows] == ["autoregressive", "speculative"]
+    assert rows[1]["equal"] == 1
     with pytest.raises(ValueError, match="ar='bundled': bundled-ar was never adapted"):
         app(["bench", "bundled-ar", "--ar", "bundled"], standalone_mode=False)
     capsys.readouterr()
@@ -107,14 +108,18 @@ def test_serve_says_it_and_the_card_shows_it(served: tuple[str, Running]) -> Non
     assert "never adapted" in refused.json()["error"]["message"]
 
 
-def test_the_page_shows_an_ar_model_token_by_token(served: tuple[str, Running]) -> None:
+def test_the_page_shows_an_ar_model_with_drafts_that_are_looked_up(served: tuple[str, Running]) -> None:
     page = pytest.importorskip("parablock.app.page", reason="the page needs gradio: pip install 'parablock[app]'")
+    controls = pytest.importorskip("parablock.app.controls")
     client = Client(served[0])
     assert _choose(client, None, None) == ("bundled-ar", "bundled-ar")
-    site = page.Site(client, "bundled-ar", "bundled-ar", 32, 512, adapted=False, history=False, slower=1, examples=())
-    given: dict[str, Any] = {"strategy": "threshold", "sub_block_cache": True, "temperature": 0.0, "top_p": 1.0}
-    names = [field.name for field in dataclasses.fields(page.Settings)]
-    settings = page.Settings(**dict.fromkeys(names) | given | {"max_tokens": 200})
+    site = controls.Site(
+        client, "bundled-ar", "bundled-ar", 32, 512, mode="speculative", drafters=("lookup",), history=False, slower=1,
+        examples=(),
+    )  # fmt: skip
+    given: dict[str, Any] = {"drafter": "lookup", "draft_threshold": 0.0, "temperature": 0.0, "top_p": 1.0}
+    names = [field.name for field in dataclasses.fields(controls.Settings)]
+    settings = controls.Settings(**dict.fromkeys(names) | given | {"max_tokens": 200, "draft_tokens": 4})
 
     async def last_view() -> dict[str, Any]:
         async for view in page.answer(site, page.Session(), QUESTION, settings, race=False):
@@ -122,5 +127,8 @@ def test_the_page_shows_an_ar_model_token_by_token(served: tuple[str, Running]) 
         return last
 
     shown = asyncio.run(last_view())
-    assert (shown["state"], [lane["title"] for lane in shown["lanes"]]) == ("done", ["Autoregressive"])
+    assert (shown["state"], [lane["title"] for lane in shown["lanes"]]) == ("done", ["Speculative"])
     assert shown["lanes"][0]["serial"]
+    refused = [text for event in shown["lanes"][0]["events"] for text in event["refused"]]
+    drafted, accepted = shown["lanes"][0]["events"][-1]["counts"]
+    assert 0 < len(refused) == drafted - accepted

@@ -38,12 +38,14 @@ def run_app(model: str | None, ar: str | None, url: str | None, host: str, port:
         client = Client(url.rstrip("/").removesuffix("/v1"), key)
         name, counterpart = _choose(client, model, ar)
     cards = {card["id"]: card["parablock"] for card in client.models()}
-    from parablock.app.page import Site, build, look
+    from parablock.app.controls import Site
+    from parablock.app.page import build, look
 
     bundled = name in BUNDLED_MODELS
     site = Site(
         client, name, counterpart, cards[name]["block_size"], cards[name]["context"],
-        adapted="diffusion" in cards[name]["modes"], history=not bundled, slower=10 if bundled else 1,
+        mode="diffusion" if "diffusion" in cards[name]["modes"] else "speculative",
+        drafters=tuple(cards[name]["drafters"]), history=not bundled, slower=10 if bundled else 1,
         examples=_problems() if bundled else GENERAL,
     )  # fmt: skip
     page = build(site)

@@ -1,41 +1,29 @@
-"""The web page: chat, live denoising with replay, and AR racing block diffusion."""
+"""The web page: chat, live decoding with replay, and AR racing block diffusion or speculative decoding."""
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import gradio as gr
 
-from parablock.app.client import Client
+from parablock.app.controls import Settings, Site, controls
 from parablock.app.lanes import Lane, run, verdict
-from parablock.decoding.config import DecodeConfig, Strategy
+from parablock.decoding.config import Mode
 
 STATIC = Path(__file__).parent / "static"
-DIFFUSION, AUTOREGRESSIVE = "Block diffusion", "Autoregressive"
+TITLES: dict[Mode, str] = {
+    "diffusion": "Block diffusion", "autoregressive": "Autoregressive", "speculative": "Speculative"
+}  # fmt: skip
+EXPLAINED: dict[Mode, str] = {
+    "diffusion": "Every grey box is a token the model has yet to reveal; each forward reveals all those it is sure of.",
+    "speculative": "Grey tokens are drafts, which the next forward verifies: right ones turn green, wrong ones are "
+    "struck out. So the answer is what the model writes token by token.",
+}
 FONTS = ("Inter", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
-
-
-@dataclass(frozen=True)
-class Site:
-    """What the page shows: two models of one server. `ar` may be the same model, decoded token by token.
-
-    `adapted`: whether `model` decodes by block diffusion; one that does not is shown token by token, and races nobody.
-    `history`: send earlier turns along unless the user says otherwise. `slower`: how many times slower than it came an
-    answer is shown at first.
-    """
-
-    client: Client
-    model: str
-    ar: str
-    block_size: int
-    context: int
-    adapted: bool
-    history: bool
-    slower: int
-    examples: tuple[str, ...]
 
 
 @dataclass
@@ -46,36 +34,6 @@ class Session:
     runs: int = 0
     stop: bool = False
     busy: bool = False
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The controls beside the stage, in their order."""
-
-    history: bool
-    strategy: Strategy
-    threshold: float
-    factor: float
-    tokens_per_step: int
-    sub_block_size: int
-    sub_block_cache: bool
-    temperature: float
-    top_p: float
-    top_k: int | None  # 0 or an empty field: all tokens
-    seed: int | None  # -1 or an empty field: another one each time
-    max_tokens: int
-
-    def common(self) -> dict[str, Any]:
-        """What both ways of decoding take."""
-        names = ("temperature", "top_p", "max_tokens")
-        seed = None if self.seed == -1 else self.seed
-        return {**{name: getattr(self, name) for name in names}, "top_k": self.top_k or None, "seed": seed}
-
-    def diffusion(self) -> dict[str, Any]:
-        """What block diffusion takes, of the strategies' numbers only the one that counts."""
-        number = {"threshold": "threshold", "factor": "factor", "fixed": "tokens_per_step"}[self.strategy]
-        names = ("strategy", number, "sub_block_size", "sub_block_cache")
-        return {"mode": "diffusion", **self.common(), **{name: getattr(self, name) for name in names}}
 
 
 def view(
@@ -119,11 +77,13 @@ async def answer(
         )
     ]
     messages.append({"role": "user", "content": question})
-    body = {"messages": messages, "mode": "autoregressive", **settings.common()}
-    lanes = [Lane(AUTOREGRESSIVE, {**body, "model": site.ar if site.adapted else site.model})]
-    if site.adapted:
-        diffusion = Lane(DIFFUSION, {"model": site.model, "messages": messages, **settings.diffusion()})
-        lanes = [diffusion, *lanes] if race else [diffusion]
+    if race and settings.seed in (None, -1):
+        settings = replace(settings, seed=secrets.randbelow(2**31))  # what is sampled is drawn alike
+    runners: list[tuple[Mode, str]] = [(site.mode, site.model), ("autoregressive", site.ar)]
+    lanes = [
+        Lane(TITLES[mode], {"model": model, "messages": messages, **settings.of(mode)})
+        for mode, model in (runners if race else runners[:1])
+    ]
     yield view(site, session, question, lanes, "running")
     async for _ in run(site.client, lanes, lambda: session.stop):
         yield view(site, session, question, lanes, "running")
@@ -145,7 +105,7 @@ def build(site: Site) -> gr.Blocks:
             with gr.Column(scale=7, min_width=320):
                 stage = gr.HTML(
                     None,
-                    html_template=(STATIC / "stage.html").read_text(),
+                    html_template=(STATIC / "stage.html").read_text().replace("EXPLAINED", EXPLAINED[site.mode]),
                     js_on_load=(STATIC / "stage.js").read_text(),
                     apply_default_css=False,
                     elem_id="stage",
@@ -157,14 +117,14 @@ def build(site: Site) -> gr.Blocks:
                     )  # fmt: skip
                 with gr.Row(elem_classes="pb-ask"):
                     ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=60)
-                    race = gr.Button("Race AR", elem_id="race", min_width=60, visible=site.adapted)
+                    race = gr.Button("Race AR", elem_id="race", min_width=60)
                     stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=60)
                     clear = gr.Button("New chat", elem_id="clear", min_width=60)
                 gr.Examples(list(site.examples), box, label="Examples", elem_id="examples")
             with gr.Column(scale=3, min_width=260, elem_classes="pb-settings"):
-                controls = _controls(site)
+                chosen = controls(site)
         outputs = [stage, box, ask, race, stop]
-        inputs = [session, box, *controls]
+        inputs = [session, box, *chosen]
 
         async def answering(session: Session, text: str, values: tuple[Any, ...], *, race: bool) -> AsyncIterator[Any]:
             busy = (
@@ -230,43 +190,12 @@ def look() -> dict[str, Any]:
 def _head(site: Site) -> str:
     from html import escape
 
-    facts: list[tuple[str, object]] = [("model", site.model)]
-    facts += [("block size", site.block_size), ("AR", site.ar)] if site.adapted else [("AR", "one token per forward")]
+    sources = " and ".join(name for name in site.drafters if name != "both")
+    own = ("block size", site.block_size) if site.mode == "diffusion" else ("drafts by", sources)
+    facts: list[tuple[str, object]] = [("model", site.model), own, ("AR", site.ar)]
     pills = "".join(f"<span>{name} <b>{escape(str(fact))}</b></span>" for name, fact in facts)
     return (
         '<div class="pb-head"><h1><i></i><i></i>parablock</h1>'
         "<p>Watch a language model write many tokens at a time.</p>"
         f'<div class="pb-facts">{pills}</div></div>'
     )
-
-
-def _controls(site: Site) -> list[Any]:
-    """The settings, in the order of `Settings`."""
-    default = DecodeConfig()
-    divisors = [size for size in range(1, site.block_size + 1) if site.block_size % size == 0]
-    gr.HTML("<h3>Settings</h3>")
-    strategy = gr.Radio(
-        list(get_args(Strategy)), value=default.strategy, label="Strategy", info="Which tokens a forward reveals."
-    )
-    threshold = gr.Slider(0, 1, default.threshold, step=0.01, label="Threshold", info="Those more confident than this.")
-    factor = gr.Slider(0.1, 8, default.factor, step=0.1, label="Factor", info="The more, the bolder.", visible=False)
-    fixed = gr.Slider(1, site.block_size, 4, step=1, label="Tokens per step", info="So many each time.", visible=False)
-    sub_block = gr.Dropdown(
-        divisors, value=default.sub_block_size if default.sub_block_size in divisors else site.block_size,
-        label="Sub-block size", info=f"Of the block's {site.block_size} tokens; sub-blocks are revealed in turn.",
-    )  # fmt: skip
-    cache = gr.Checkbox(default.sub_block_cache, label="Sub-block cache")
-    temperature = gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature")
-    top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p")
-    with gr.Row():
-        top_k = gr.Number(0, label="Top-k", info="0: of all.", precision=0, minimum=0, min_width=80)
-        seed = gr.Number(-1, label="Seed", info="-1: any.", precision=0, minimum=-1, min_width=80)
-    longest = max(16, min(2048, site.context // 2))
-    max_tokens = gr.Slider(1, longest, min(512, longest), step=1, label="Max tokens")
-    history = gr.Checkbox(site.history, label="Send earlier turns along", elem_id="history")
-
-    def of_strategy(name: str) -> list[Any]:
-        return [gr.Slider(visible=name == kind) for kind in get_args(Strategy)]
-
-    strategy.change(of_strategy, strategy, [threshold, factor, fixed], queue=False, show_progress="hidden")
-    return [history, strategy, threshold, factor, fixed, sub_block, cache, temperature, top_p, top_k, seed, max_tokens]

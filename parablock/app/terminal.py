@@ -28,6 +28,7 @@ def answer_once(model: str, text: str, config: DecodeConfig, *, raw: bool, as_js
             "tokens_per_forward": round(out.tokens_per_forward, 3),
             "tokens_per_second": round(out.tokens_per_second, 1),
             "drafted": out.drafted[0], "accepted": out.accepted[0],
+            "drafted_by": out.drafted_by, "accepted_by": out.accepted_by,
         }  # fmt: skip
         print(json.dumps({"model": model, "text": answer, "tokens": out.tokens[0], **figures}, ensure_ascii=False))
     else:
@@ -86,7 +87,9 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], config: 
     seconds = time.perf_counter() - started
     tokens, forwards = len(step.tokens()), max(1, int(step.decode_forwards[0]))
     console.file.write("\n")
+    drafts = f", {step.accepted[0]} of {step.drafted[0]} drafts accepted" if step.drafted[0] else ""
     console.print(
-        f"[dim]{tokens} tokens, {tokens / seconds:.0f} tokens/s, {tokens / forwards:.2f} tokens per forward[/]"
+        f"[dim]{tokens} tokens, {tokens / seconds:.0f} tokens/s, {tokens / forwards:.2f} tokens per forward{drafts}[/]",
+        soft_wrap=True,
     )
     return text

@@ -14,7 +14,8 @@ from parablock.evals.tables import print_table
 from parablock.settings import require_library
 
 TASK_PROMPTS = 256  # of the bundled task
-SHOWN = 9  # columns that a terminal has room for; report.md has all, and the ranges
+HIDDEN = ("queries/token", "tokens/s of one", "K/V MB", "memory MB")  # a terminal has no room; report.md has all
+OF_DRAFTS, OF_TIMES = ("drafted", "accepted", "equal to AR"), ("TTFT ms", "ms/token", "ms/step")
 
 
 def run_bench(
@@ -52,14 +53,15 @@ def run_bench(
         results = measure(workload, config, progress=show)
     content = report(config, name, results)
     setting = content["setting"]
+    hidden = (*HIDDEN, *(OF_TIMES if "speculative" in workload.models else OF_DRAFTS))
     printed = Table(
-        *COLUMNS[:SHOWN],
+        *(name for name in COLUMNS if name not in hidden),
         title=f"{name} on {setting['processor']}, torch {setting['torch']}, {workload.models['autoregressive'].dtype}; "
         f"medians of {config.repeats} interleaved repeats",
     )
     printed.columns[0].no_wrap = True
     for line in table(content["rows"], ranges=False):
-        printed.add_row(*line[:SHOWN])
+        printed.add_row(*(cell for name, cell in zip(COLUMNS, line, strict=True) if name not in hidden))
     print_table(console, printed)
     for file in write_report(folder, content):
         console.print(f"  {file}")
@@ -106,7 +108,7 @@ def _workload(model: str, ar: str | None, prompts: Path | None, dtype: str | Non
     else:
         encoded = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
     if not is_adapted(loaded.config):
-        return Workload({"autoregressive": loaded}, encoded, len(tokenizer))
+        return Workload({"speculative": loaded, "autoregressive": loaded}, encoded, len(tokenizer))
     return Workload({"diffusion": loaded, "autoregressive": autoregressive}, encoded, loaded.config.mask_token_id)
 
 

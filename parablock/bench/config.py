@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from parablock.settings import require, require_at_least, setting
+from parablock.decoding.config import Drafter
+from parablock.settings import require, require_at_least, require_choice, setting
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class BenchConfig:
     sub_block_cache: tuple[bool, ...] = setting(
         (True,), joined=True, help="Block diffusion's sub-block cache: 'on', 'off' or 'on,off'."
     )
+    drafters: tuple[str, ...] = setting(
+        (),
+        joined=True,
+        option="drafter",
+        help="Speculative decoding's drafter, as a list. Default: the checkpoint's own.",
+    )
     compile: tuple[bool, ...] = setting((False,), joined=True, help="torch.compile: 'off', 'on' or 'off,on'.")
     new_tokens: int = setting(128, help="The longest answer; to random prompts every answer.")
     requests: int = setting(16, help="Requests per case, at least.")
@@ -39,4 +46,6 @@ class BenchConfig:
             require(bool(getattr(self, name)), name, getattr(self, name), "name at least one value")
         for name in ("concurrency", "prompt_tokens", "sub_block_sizes"):
             require(all(v >= 1 for v in getattr(self, name)), name, getattr(self, name), "use values of at least 1")
+        for drafter in self.drafters:
+            require_choice("drafters", drafter, Drafter)
         require(all(0.0 <= v <= 1.0 for v in self.thresholds), "thresholds", self.thresholds, "use values in [0, 1]")

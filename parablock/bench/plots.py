@@ -88,7 +88,7 @@ def plot_concurrency(path: Path, rows: Sequence[dict[str, Any]], title: str) -> 
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     shades = plt.get_cmap("tab10")
-    variants = list(dict.fromkeys(_plain(row["name"]) for row in rows if row["mode"] == "diffusion"))
+    variants = list(dict.fromkeys(_plain(row["name"]) for row in rows if row["mode"] != "autoregressive"))
     fields = (("tokens_per_second", "tokens per second, all requests"), ("request_tokens_per_second", "of one request"))
     for axis, (field, label) in zip(axes, fields, strict=True):
         for name, mine in _lines(rows).items():
@@ -105,6 +105,27 @@ def plot_concurrency(path: Path, rows: Sequence[dict[str, Any]], title: str) -> 
         axis.grid(alpha=0.25)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title, fontsize=10)
+    _write(figure, path)
+
+
+def plot_over_ar(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """How many times as many tokens per second as AR at the same load, against the requests in flight, with ranges."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axis.axhline(1, color=GREY, ls="--", label="AR")
+    for name, mine in _lines([row for row in rows if row["mode"] != "autoregressive"]).items():
+        places = [row["concurrency"] for row in mine]
+        [line] = axis.plot(places, [row["speed_up"] for row in mine], "o-", label=name)
+        low, high = zip(*(row["speed_up_range"] for row in mine), strict=True)
+        axis.fill_between(places, low, high, color=line.get_color(), alpha=0.15)
+    axis.set(xscale="log", xlabel="requests in flight", ylabel="tokens per second over AR", title=title)
+    axis.title.set_fontsize(10)
+    ticks = sorted({row["concurrency"] for row in rows})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
     _write(figure, path)
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from parablock.decoding.config import DecodeConfig
-from parablock.decoding.decoder import Window, begin, next_work, window
+from parablock.decoding.decoder import Before, Window, before, begin, next_work, window
 from parablock.decoding.dense import Dense
 from parablock.decoding.proposals import propose_tokens
-from parablock.decoding.rows import Rows
+from parablock.decoding.rows import Rows, by_drafter
 from parablock.decoding.threads import Threads
 from parablock.decoding.work import Settled, prefill, settle
 from parablock.diffusion.gate import gate_of
@@ -34,7 +34,8 @@ class GenerateOutput:
     `tokens`: the new token ids of each row, prompt excluded, stop token included. `forwards`: model calls made (NFE),
     prefill and commits included. `decode_forwards`: the decode forwards each row took part in, prefill excluded.
     `seconds`: wall-clock time, prefill included. `drafted`, `accepted`: how many tokens of each row were drafted, and
-    how many of these became tokens of the answer (0 unless `mode="speculative"`).
+    how many of these became tokens of the answer (0 unless `mode="speculative"`); `drafted_by`, `accepted_by`: the same
+    of all rows, by drafter.
     """
 
     tokens: list[list[int]]
@@ -43,6 +44,8 @@ class GenerateOutput:
     seconds: float
     drafted: list[int]
     accepted: list[int]
+    drafted_by: dict[str, int]
+    accepted_by: dict[str, int]
 
     @property
     def new_tokens(self) -> int:
@@ -68,11 +71,15 @@ class Step(Window):
     in the block before. `ids [R, D]` and `masked [R, D]`: its tokens, and which are still unknown. `revealed [R, D]`:
     what this step revealed; `confidence [R, D]`: with which confidence (nan elsewhere). `new_tokens [R]`: how many
     response tokens each row has so far without a gap; `decode_forwards [R]`: in how many forwards it took part, prefill
-    excluded; `done [R]`: finished rows.
+    excluded; `done [R]`: finished rows. In speculative decoding, -1 where there is none: `drafts [R, K]`, what masks
+    have drafted behind the last known token, to be verified by a later forward; `refused [R, K]`, which drafts (of any
+    drafter) this step has verified and not accepted; `drafted [R]` and `accepted [R]` count tokens so far.
     """
 
     new_tokens: np.ndarray
     decode_forwards: np.ndarray
+    drafted: np.ndarray
+    accepted: np.ndarray
     done: np.ndarray
     _rows: Rows = field(repr=False)
 
@@ -81,9 +88,14 @@ class Step(Window):
         return self._rows.tokens(row)[: int(self.new_tokens[row])]
 
     def draft(self, row: int = 0) -> np.ndarray:
-        """The window behind the response so far, masks and revealed tokens; nothing where tokens come in order."""
+        """What stands provisionally behind the response so far.
+
+        In block diffusion the rest of the window, masks and revealed tokens; in speculative decoding the drafts that
+        wait to be verified; nothing where a token at a time is decoded.
+        """
         behind = int(self._rows.prompt_R[row] + self.new_tokens[row] - self.start[row])
-        draft: np.ndarray = self.ids[row, behind:] if self._rows.grain_R[row] > 1 else self.ids[row, :0]
+        drafts_K = self.drafts[row]
+        draft: np.ndarray = self.ids[row, behind:] if self._rows.grain_R[row] > 1 else drafts_K[drafts_K >= 0]
         return draft
 
 
@@ -110,24 +122,33 @@ def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = Non
         seconds=time.perf_counter() - started,
         drafted=rows.drafted_RS.sum(1).tolist(),
         accepted=rows.accepted_RS.sum(1).tolist(),
+        drafted_by=by_drafter(rows.drafted_RS.sum(0)),
+        accepted_by=by_drafter(rows.accepted_RS.sum(0)),
     )
 
 
 def stream(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> Iterator[Step]:
     """Decode like `generate`, but yield every forward as a `Step` (for live display). Errors are raised at once."""
     prompts = as_rows(input_ids)
-    rows, steps = _decode(model, prompts, resolve(model, prompts, config or DecodeConfig()))
-    return (_step(rows, settled) for settled in steps)
+    rows, steps = _decode(model, prompts, resolve(model, prompts, config or DecodeConfig()), watched=True)
+    return (_step(rows, settled, stood) for settled, stood in steps if stood)
 
 
-def _step(rows: Rows, settled: Settled) -> Step:
-    shown = window(rows, settled, np.arange(len(rows.active_R)))
-    return Step(**vars(shown), new_tokens=rows.length_R.copy(), decode_forwards=rows.forwards_R.copy(),
-                done=~rows.active_R, _rows=rows)  # fmt: skip
+def _step(rows: Rows, settled: Settled, stood: Before) -> Step:
+    shown = window(rows, settled, np.arange(len(rows.active_R)), stood)
+    return Step(
+        **vars(shown), new_tokens=rows.length_R.copy(), decode_forwards=rows.forwards_R.copy(),
+        drafted=rows.drafted_RS.sum(1), accepted=rows.accepted_RS.sum(1), done=~rows.active_R, _rows=rows,
+    )  # fmt: skip
 
 
-def _decode(model: Model, prompts: list[list[int]], config: DecodeConfig) -> tuple[Rows, Iterator[Settled]]:
-    """All prompts in one batch, `config` with nothing left open: their rows, and what every forward settles."""
+def _decode(
+    model: Model, prompts: list[list[int]], config: DecodeConfig, *, watched: bool = False
+) -> tuple[Rows, Iterator[tuple[Settled, Before | None]]]:
+    """All prompts in one batch, `config` with nothing left open: their rows, and what every forward settles.
+
+    `watched`: with it, how the rows stood before.
+    """
     assert config.max_new_tokens is not None
     D = config.block_size or DEFAULT_BLOCK_SIZE
     capacity = -(-(max(map(len, prompts)) + config.max_new_tokens) // D) * D
@@ -138,24 +159,25 @@ def _decode(model: Model, prompts: list[list[int]], config: DecodeConfig) -> tup
     rows.pace.padded = len(prompts)
     for row, prompt in enumerate(prompts):
         begin(rows, row, prompt, config, sample=row)
-    return rows, _forwards(Dense(model, len(prompts), capacity), rows)
+    return rows, _forwards(Dense(model, len(prompts), capacity), rows, watched)
 
 
 @torch.inference_mode()
-def _forwards(executor: Dense, rows: Rows) -> Iterator[Settled]:
+def _forwards(executor: Dense, rows: Rows, watched: bool) -> Iterator[tuple[Settled, Before | None]]:
     threads = Threads(executor.model)
     prefilled = (rows.prefill_R > 0).nonzero()[0]
     works = [prefill(rows, prefilled, rows.prefill_R[prefilled])] if len(prefilled) else []
     while rows.active_R.any():
         started = time.perf_counter()
         works = works or next_work(rows, rows.active_R.nonzero()[0])
+        stood = before(rows) if watched else None
         with threads.for_tokens(works[0].tokens):
             logits_mV = executor.run(rows, works[0])  # one config, so one mode
             settled = settle(rows, works, *propose_tokens(logits_mV, rows, works))
         rows.active_R[settled.rows_K[settled.done_K]] = False
         rows.pace.note(rows.pace.padded * int(works[0].width_n.max()), time.perf_counter() - started)
         works = []
-        yield settled
+        yield settled, stood
 
 
 def as_rows(input_ids: Prompts) -> list[list[int]]:

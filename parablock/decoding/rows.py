@@ -24,6 +24,11 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+def by_drafter(counts_S: np.ndarray) -> dict[str, int]:
+    """Counts under the names of the drafters."""
+    return dict(zip(DRAFTERS, counts_S.tolist(), strict=True))
+
+
 class Rows:
     """A row is free, or runs one request: `active_R`. Positions count from the prompt's first token.
 

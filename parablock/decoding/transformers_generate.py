@@ -34,6 +34,7 @@ def custom_generate(
     sub_block_cache: bool = True,
     drafter: Drafter | None = None,
     draft_tokens: int | None = None,
+    draft_threshold: float = 0.0,
     mask_token_id: int | None = None,
     seed: int | None = None,
     **model_kwargs: Any,
@@ -44,8 +45,8 @@ def custom_generate(
     (`max_new_tokens`, `eos_token_id`, `do_sample`, `temperature`, `top_p`, `top_k`), a padded batch from
     `attention_mask`. Returns what `generate` returns: prompts and responses `[B, L + N]`, padded after a response that
     ended; with `return_dict_in_generate=True` an object with `sequences`. `streamer` gets every token as soon as no
-    mask stands before it (`put`), and in block diffusion the rest of the block as a draft where it takes drafts
-    (`put_draft`, as `TextDiffusionStreamer`).
+    mask stands before it (`put`), and where it takes drafts (`put_draft`, as `TextDiffusionStreamer`) the rest of the
+    block in block diffusion, the drafts that wait to be verified in speculative decoding.
 
     Raises:
         ValueError: an argument that parablock's decoding cannot honour (beam search, a penalty, a stop string ...).
@@ -68,6 +69,7 @@ def custom_generate(
         sub_block_cache=sub_block_cache,
         drafter=drafter,
         draft_tokens=draft_tokens,
+        draft_threshold=draft_threshold,
         stop_token_ids=() if stops is None else (stops,) if isinstance(stops, int) else tuple(stops),
         mask_token_id=mask_token_id,
         seed=seed,

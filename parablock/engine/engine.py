@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 
 from parablock.decoding.config import DecodeConfig
-from parablock.decoding.decoder import window
+from parablock.decoding.decoder import Before, before, window
 from parablock.decoding.generate import DEFAULT_BLOCK_SIZE, GenerateOutput, Prompts, as_rows, resolve
-from parablock.decoding.rows import DRAFTERS
+from parablock.decoding.rows import DRAFTERS, by_drafter
 from parablock.decoding.work import Settled, settle
 from parablock.engine.admission import kv_pages, resolve_request
 from parablock.engine.batch import Batch
@@ -140,6 +140,8 @@ class Engine:
         return GenerateOutput(
             tokens, self.steps - steps, [handle.forwards for handle in handles], time.perf_counter() - started,
             [sum(handle.drafted.values()) for handle in handles], [sum(handle.accepted.values()) for handle in handles],
+            {name: sum(handle.drafted[name] for handle in handles) for name in DRAFTERS},
+            {name: sum(handle.accepted[name] for handle in handles) for name in DRAFTERS},
         )  # fmt: skip
 
     def wait(self, handle: Handle, *, timeout: float | None = None, for_update: bool = False) -> None:
@@ -266,6 +268,7 @@ class Engine:
 
     def _forward(self, step: Plan) -> None:
         rows, started = self.batch.rows, time.perf_counter()
+        stood = before(rows) if self.batch.streaming_R.any() else None
         tokens_M, confidence_M = self.runner.run(rows, self.batch.table_RP, step)
         self.steps += 1
         settled = settle(rows, step.works, tokens_M, confidence_M)
@@ -273,17 +276,17 @@ class Engine:
         for row in (row for work in prefills for row in work.rows_n):
             if rows.start_R[row] == rows.prefill_R[row]:
                 self.batch.register(row)
-        self._tell(settled)
+        self._tell(settled, stood)
         prefill = sum(int(work.final_n.sum()) for work in prefills)
         self.prefill_tokens += prefill
         self.prefill_seconds += (time.perf_counter() - started) * prefill / step.tokens
 
-    def _tell(self, settled: Settled) -> None:
+    def _tell(self, settled: Settled, stood: Before | None) -> None:
         """Tell the handles what the step did, and end the requests whose response is whole."""
         rows_K, rows = settled.rows_K, self.batch.rows
         streaming_K = self.batch.streaming_R[rows_K]
         first_K = (settled.before_K == 0) & (rows.length_R[rows_K] > 0)
-        shown = window(rows, settled, rows_K) if streaming_K.any() else None
+        shown = window(rows, settled, rows_K, stood) if streaming_K.any() and stood else None
         for k in (first_K | settled.done_K | streaming_K).nonzero()[0]:
             row, done = int(rows_K[k]), bool(settled.done_K[k])
             handle = self.batch.handles[row]
@@ -294,8 +297,11 @@ class Engine:
                 if shown is not None and streaming_K[k]:
                     new = rows.tokens(row, int(settled.before_K[k]))
                     handle.tokens += new
-                    shown_k = {name: array[k] for name, array in vars(shown).items()}
-                    handle._updates.append(Update(**shown_k, tokens=new, forwards=int(rows.forwards_R[row]), done=done))
+                    handle._updates.append(Update(
+                        **{name: array[k] for name, array in vars(shown).items()}, tokens=new, done=done,
+                        forwards=int(rows.forwards_R[row]), drafted=by_drafter(rows.drafted_RS[row]),
+                        accepted=by_drafter(rows.accepted_RS[row]),
+                    ))  # fmt: skip
                     handle._notify()
                 if done:
                     last = rows.prompt_R[row] + rows.length_R[row] - 1

@@ -42,12 +42,14 @@ class Update(Window):
 
     `tokens`: the response tokens that have newly settled (no mask stands before them). The window is the block being
     decoded: `start` (absolute position; see `pb.stream`'s `Step`), `ids [D]`, `masked [D]` (still unknown), `revealed
-    [D]` (by this step) and `confidence [D]` (nan where nothing was revealed). `forwards`: decode forwards so far;
-    `done`: the last update.
+    [D]` (by this step) and `confidence [D]` (nan where nothing was revealed); `drafts [K]`, `refused [K]` (-1: none).
+    `forwards`: decode forwards so far; `drafted`, `accepted`: tokens so far, by drafter; `done`: the last update.
     """
 
     tokens: list[int]
     forwards: int
+    drafted: dict[str, int]
+    accepted: dict[str, int]
     done: bool
 
 

@@ -8,8 +8,9 @@ from lm_eval.api.instance import Instance
 from rich.console import Console
 
 from parablock.evals import code
+from parablock.evals.cost import speed
 from parablock.evals.files import write_text
-from parablock.evals.results import Sample, question_hash, simple_metric, speed
+from parablock.evals.results import Sample, question_hash, simple_metric
 
 if TYPE_CHECKING:
     from parablock.evals.harness import ParablockLM

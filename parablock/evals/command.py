@@ -16,7 +16,8 @@ from parablock.decoding.config import DecodeConfig
 from parablock.evals import paper
 from parablock.evals.code import CODE_TASKS
 from parablock.evals.config import EvalConfig
-from parablock.evals.results import SAMPLES, Sample, make_report, samples_of, speed, task_reports, write
+from parablock.evals.cost import speed
+from parablock.evals.results import SAMPLES, Sample, make_report, samples_of, task_reports, write
 from parablock.evals.tables import print_table
 from parablock.evals.tasks import load_tasks, parse_data
 
@@ -169,19 +170,23 @@ def _ask(
 
 
 def _print(report: dict[str, Any], config: EvalConfig, console: Console) -> None:
-    table = Table("task", "n", "metric", "value", "95 %", "tokens/forward", "tokens/s", title=report["model"])
+    costs = ["tokens/forward", "tokens/s"]
+    if drafting := report["decoding"]["mode"] == "speculative":
+        costs.append("drafts accepted")
+    table = Table("task", "n", "metric", "value", "95 %", *costs, title=report["model"])
     many = len(report["tasks"]) > MANY_TASKS and any(task["group"] for task in report["tasks"].values())
     for name, task in report["tasks"].items():
         if many and not task["group"]:
             continue  # results.json has the parts of a group
-        head, tail = [name, str(task["questions"] or "")], ["", ""]
+        head, tail = [name, str(task["questions"] or "")], [""] * len(costs)
         if pace := task["speed"]:
             tail = [f"{pace['tokens_per_forward']:.2f}", f"{pace['tokens_per_second']:.0f}"]
+            tail += [f"{pace['accepted']} of {pace['drafted']}"] if drafting else []
         for metric, figure in task["metrics"].items():
             error = f" ± {figure['stderr']:.4f}" if figure["stderr"] is not None else ""
             low_high = "{:.3f} to {:.3f}".format(*figure["interval"]) if "interval" in figure else ""
             table.add_row(*head, metric.removesuffix(",none"), f"{figure['value']:.4f}{error}", low_high, *tail)
-            head, tail = ["", ""], ["", ""]
+            head, tail = ["", ""], [""] * len(costs)
     print_table(console, table)
     if config.suite:
         beside = Table("benchmark", "metric", "here", "paper 1.5B", "paper 7B", title="Fast-dLLM v2, table 1")

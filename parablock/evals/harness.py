@@ -8,7 +8,7 @@ import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,33 +27,14 @@ from parablock.decoding.generate import resolve
 from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
 from parablock.engine.request import Handle, Request
+from parablock.evals.cost import Cost, summed
 from parablock.evals.likelihood import log_likelihood
 from parablock.server.text import AnswerText
 from parablock.settings import Model
 
 PAGE = 32
 DEFAULT_NEW_TOKENS = 256  # the harness's own, for tasks that do not say
-COUNTS = ("requests", "tokens", "forwards", "prompt_tokens", "cached_tokens")
-TIMES = ("seconds", "prefill_seconds")
 UNDERSTOOD = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
-
-
-@dataclass
-class Cost:
-    """What a task's requests took on this process.
-
-    `tokens`: of the responses alone; `prompt_tokens`: that were run (those in `cached_tokens` had been before).
-    `seconds`: wall-clock time of all, `prefill_seconds` the prompts' share of it. `forwards`: decode forwards, summed
-    over the responses.
-    """
-
-    requests: int = 0
-    tokens: int = 0
-    forwards: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
 
 
 @register_model("parablock")
@@ -238,6 +219,8 @@ class ParablockLM(TemplateLM):  # type: ignore[misc]
                 cost.tokens += len(handle.tokens)
                 cost.forwards += handle.forwards
                 cost.cached_tokens += handle.cached_tokens
+                cost.drafted.update(handle.drafted)
+                cost.accepted.update(handle.accepted)
                 yield number, "".join(pieces.pop(number))
             running = still
 
@@ -305,10 +288,4 @@ class ParablockLM(TemplateLM):  # type: ignore[misc]
 
     def total_costs(self) -> dict[str, Cost]:
         """The costs of all processes together (on the first one); they ran at the same time."""
-        total: dict[str, Cost] = {}
-        for costs in self.gather_object(dict(self.costs)) or []:
-            for task, cost in costs.items():
-                sums = {name: getattr(cost, name) + getattr(total.get(task), name, 0) for name in COUNTS}
-                longest = {name: max(getattr(cost, name), getattr(total.get(task), name, 0.0)) for name in TIMES}
-                total[task] = Cost(**sums, **longest)
-        return total
+        return summed(self.gather_object(dict(self.costs)) or [])

@@ -126,22 +126,6 @@ def task_reports(found: Mapping[str, Any], samples: Sequence[Sample], speeds: Ma
     return reports
 
 
-def speed(cost: Any) -> dict[str, Any]:
-    """What a task's answers cost: response tokens alone are counted, the prompts' part stands apart."""
-    writing = cost.seconds - cost.prefill_seconds
-    return {
-        "responses": cost.requests,
-        "response_tokens": cost.tokens,
-        "tokens_per_forward": cost.tokens / max(1, cost.forwards),
-        "seconds": cost.seconds,
-        "tokens_per_second": cost.tokens / cost.seconds if cost.seconds else None,
-        "tokens_per_second_without_prefill": cost.tokens / writing if writing > 0 else None,
-        "prompt_tokens": cost.prompt_tokens,
-        "prompt_tokens_reused": cost.cached_tokens,
-        "prefill_seconds": cost.prefill_seconds,
-    }
-
-
 def make_report(
     model: str, config: EvalConfig, decoding: DecodeConfig, tasks: Mapping[str, Any], seconds: float, **more: Any
 ) -> dict[str, Any]:

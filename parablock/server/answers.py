@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from parablock.decoding.config import DecodeConfig
+from parablock.decoding.rows import DRAFTERS
 from parablock.engine.request import Handle, QueueFullError, Request, Update
 from parablock.server.errors import ApiError, from_value_error
 from parablock.server.served import ServedModel
@@ -22,6 +23,8 @@ class Choice:
     text: AnswerText
     tokens: int = 0  # settled so far
     forwards: int = 0
+    drafted: Mapping[str, int] = field(default_factory=dict)  # by drafter, so far
+    accepted: Mapping[str, int] = field(default_factory=dict)
     finish_reason: str | None = None
 
 
@@ -120,7 +123,9 @@ class Answers:
         if done and not handle.request.stream:
             new = handle.tokens
         choice.tokens += len(new)
-        choice.forwards = handle.forwards if done else max([choice.forwards, *(u.forwards for u in updates)])
+        states: list[Update | Handle] = [*updates, *([handle] if done else [])]
+        for state in states:
+            choice.forwards, choice.drafted, choice.accepted = state.forwards, state.drafted, state.accepted
         text = choice.text.push(new, last=done)
         if choice.text.stopped:
             choice.finish_reason = "stop"
@@ -168,7 +173,22 @@ class Answers:
             "ttft": None if first is None else round(first, 4),
             "tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1),
             "cached_tokens": self.cached_tokens,
+            **(self.drafts() if self.speculative else {}),
         }
+
+    @property
+    def speculative(self) -> bool:
+        """Whether drafts are verified; the mode is the same for all answers."""
+        return self.choices[0].handle.config.mode == "speculative"
+
+    def drafts(self) -> dict[str, Any]:
+        """Tokens that were drafted, and how many of these became tokens of the answers, in all and by drafter."""
+        by_drafter = {
+            name: {drafter: sum(getattr(c, name).get(drafter, 0) for c in self.choices) for drafter in DRAFTERS}
+            for name in ("drafted", "accepted")
+        }
+        totals = {name: sum(counts.values()) for name, counts in by_drafter.items()}
+        return {**totals, **{f"{name}_by": counts for name, counts in by_drafter.items()}}
 
     @property
     def cached_tokens(self) -> int:

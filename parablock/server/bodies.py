@@ -66,7 +66,9 @@ class Writer:
             prompt = len(self.answers.prompts[choice.index])
             for update in piece.updates:
                 end = prompt + (choice.tokens if update.done else choice.handle.config.max_new_tokens or 0)
-                step = denoising(self.answers.served.tokenizer, update, prompt, end)
+                step = denoising(
+                    self.answers.served.tokenizer, update, prompt, end, speculative=self.answers.speculative
+                )
                 events.append(self._event([self._part(choice.index, {})], denoising=step))
         if piece.text:
             events.append(self._event([self._part(choice.index, {"content": piece.text})]))

@@ -26,6 +26,9 @@ class Metrics:
         self.tokens = self._counter("tokens", "Tokens of answers.")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.forwards = self._counter("forwards", "Decode forwards, added over the answers.")
+        self.cycles = self._counter("speculative_forwards", "Decode forwards of answers that verify drafts.")
+        self.drafted = self._counter("drafted_tokens", "Tokens that were drafted.", "drafter")
+        self.accepted = self._counter("accepted_tokens", "Drafted tokens that became tokens of answers.", "drafter")
         self.tokens_per_forward = self._histogram("tokens_per_forward", "Of every request.", PER_FORWARD)
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
         self.seconds = self._histogram("request_seconds", "From arrival to the end.", SECONDS)
@@ -47,6 +50,12 @@ class Metrics:
         self.tokens.labels(name).inc(answers.tokens)
         self.prompt_tokens.labels(name).inc(sum(len(prompt) for prompt in answers.prompts))
         self.forwards.labels(name).inc(answers.forwards)
+        if answers.speculative:
+            self.cycles.labels(name).inc(answers.forwards)
+            drafts = answers.drafts()
+            for counter, key in ((self.drafted, "drafted_by"), (self.accepted, "accepted_by")):
+                for drafter, count in drafts[key].items():
+                    counter.labels(name, drafter).inc(count)
         if answers.forwards:
             self.tokens_per_forward.labels(name).observe(answers.tokens / answers.forwards)
         if answers.first_token is not None:

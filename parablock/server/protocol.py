@@ -27,7 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 DECODING = (
     "mode", "temperature", "top_p", "top_k", "seed", "threshold", "sub_block_size", "strategy", "factor",
-    "tokens_per_step", "sub_block_cache", "drafter", "draft_tokens",
+    "tokens_per_step", "sub_block_cache", "drafter", "draft_tokens", "draft_threshold",
 )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ class Body(Strict):
     sub_block_cache: bool | None = _setting("sub_block_cache")
     drafter: Drafter | None = _setting("drafter")
     draft_tokens: int | None = _setting("draft_tokens", ge=1, le=LARGEST)
+    draft_threshold: float | None = _setting("draft_threshold", ge=0, lt=1)
     top_k: int | None = _setting("top_k", ge=1, le=LARGEST)
     denoising: bool | None = Field(None, description="When streaming: every step's provisional tokens as well.")
 

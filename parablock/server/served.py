@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from parablock.checkpoints.load import load
+from parablock.decoding.config import Drafter, Mode
+from parablock.diffusion.gate import gate_of
 from parablock.diffusion.support import is_adapted
 from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
@@ -23,7 +25,13 @@ class ServedModel:
     def __init__(self, name: str, model: Model, tokenizer: Any, config: EngineConfig) -> None:
         self.name = name
         self.tokenizer = tokenizer
-        self.adapted = is_adapted(model.config)  # False: an AR model, of which block diffusion would be nonsense
+        gate = gate_of(model)
+        self.modes: tuple[Mode, ...] = ("autoregressive", "speculative")  # the first is the default
+        if is_adapted(model.config):
+            self.modes = ("diffusion", "autoregressive")
+        elif gate is not None:
+            self.modes = ("speculative", "autoregressive")
+        self.drafters: tuple[Drafter, ...] = ("both", "masks", "lookup") if gate else ("lookup",)
         self.engine = Engine(model, config)
         self.engine.start()
         self.created = int(time.time())
@@ -63,7 +71,8 @@ class ServedModel:
             "created": self.created,
             "owned_by": "parablock",
             "parablock": {
-                "modes": ["diffusion", "autoregressive"] if self.adapted else ["autoregressive", "speculative"],
+                "modes": list(self.modes),
+                "drafters": list(self.drafters) if "speculative" in self.modes else [],
                 "block_size": self.engine.block_size,
                 "context": self.engine.max_context,
             },

@@ -71,11 +71,12 @@ class AnswerText:
         return longest
 
 
-def denoising(tokenizer: Any, update: Update, prompt: int, end: int) -> dict[str, Any]:
+def denoising(tokenizer: Any, update: Update, prompt: int, end: int, *, speculative: bool = False) -> dict[str, Any]:
     """One step of the active block: every response position of it, with the text of what stands there.
 
     A character of several tokens is the text of its last one. `prompt`: tokens of the prompt; `end`: where the response
-    ends at the latest, counted from the prompt's first token.
+    ends at the latest, counted from the prompt's first token. `speculative`: with the drafts' texts, those that wait
+    behind the last settled token and those that this step refused there, and their counts so far.
     """
     start = int(update.start)
     first, last = max(start, prompt), min(start + len(update.ids), end)
@@ -94,4 +95,18 @@ def denoising(tokenizer: Any, update: Update, prompt: int, end: int) -> dict[str
                 "confidence": None if np.isnan(confidence) else round(float(confidence), 4),
             }
         )
-    return {"forward": update.forwards, "start": first - prompt, "tokens": tokens}
+    step = {"forward": update.forwards, "start": first - prompt, "tokens": tokens}
+    return step | (_drafts(tokenizer, update, prompt) if speculative else {})
+
+
+def _drafts(tokenizer: Any, update: Update, prompt: int) -> dict[str, Any]:
+    """Refused drafts stand where the step's last token does, waiting ones behind it."""
+    known = update.ids[: int(update.masked.argmax()) if update.masked.any() else None]
+    known = known[max(0, prompt - int(update.start)) :].tolist()
+    texts: dict[str, Any] = {}
+    for name, before, ids in (("drafts", known, update.drafts), ("refused", known[:-1], update.refused)):
+        decoder = Decoder(tokenizer)
+        for token in before:
+            decoder.push([token])
+        texts[name] = [decoder.push([int(token)]) for token in ids[ids >= 0]]
+    return {**texts, "drafted": update.drafted, "accepted": update.accepted}

@@ -1,6 +1,8 @@
 // The stage shows one answer (or two, in a race) as it is denoised, and plays it again. It receives the recorded events
 // as JSON in `props.value` and needs nothing else from the server. Every event tells which positions changed:
-//   {t: seconds since the question, f: forward, tokens: [[position, text, masked, confidence], ...]}
+//   {t: seconds since the question, f: forward, tokens: [[position, text, masked, confidence, accepted], ...]}
+// and in speculative decoding, which drafts wait behind the last token, and which this step has refused there:
+//   {..., drafts: [text, ...], refused: [text, ...], counts: [drafted, accepted]}
 const find = (name) => element.querySelector(name);
 const stage = find(".pb-stage");
 const scrub = find(".pb-scrub");
@@ -12,6 +14,7 @@ let playing = false;
 let pace = 1; // how many times slower than recorded
 let chosenPace = null; // by the user; stays for the next question
 let colour = "confidence";
+let chosenColour = null; // by the user, the same
 let before = null; // the time of the last animation frame
 
 const make = (tag, name, text) => {
@@ -28,14 +31,23 @@ function cellsAfter(data, count) {
   const cells = [];
   for (let i = 0; i < count; i++) {
     const event = data.events[i];
-    for (const [at, text, masked, confidence] of event.tokens)
-      cells[at] = masked ? { masked } : { text, confidence, forward: event.f, fresh: i === count - 1 };
+    for (const [at, text, masked, confidence, accepted] of event.tokens)
+      cells[at] = masked ? { masked } : { text, confidence, accepted, forward: event.f, fresh: i === count - 1 };
   }
   if (!count && data.events.length) cells.length = data.events[0].tokens.length;
   for (let i = 0; i < cells.length; i++) cells[i] ??= { masked: true };
   if (data.serial) cells.length = Math.min(cells.length, cells.findIndex((c) => c.masked) + 1 || Infinity); // and a cursor
   if (data.done && count === data.events.length) return cells.slice(0, data.tokens ?? cells.length).filter((c) => !c.masked);
+  if (data.speculative && count) addDrafts(cells, data.events[count - 1]);
   return cells;
+}
+
+/** Behind what is known: what the last event refused, then the drafts that wait, in place of the cursor. */
+function addDrafts(cells, { drafts, refused, f }) {
+  const cursor = cells.at(-1)?.masked ? cells.pop() : null;
+  cells.push(...refused.map((text) => ({ text, draft: "refused", forward: f })));
+  cells.push(...drafts.map((text) => ({ text, draft: "draft", forward: f })));
+  if (cursor && !drafts.length) cells.push(cursor);
 }
 
 const countAt = (data, time) => {
@@ -51,6 +63,7 @@ const isOver = () => value.state !== "running" && clock >= lastMoment();
 
 /** The hue of a token: orange to green with its confidence, violet over blue and green to yellow with its forward. */
 function hueOf(cell, forwards) {
+  if (cell.draft || colour === "drafts") return null;
   if (colour === "order") return 300 - 205 * (forwards > 1 ? (cell.forward - 1) / (forwards - 1) : 0);
   if (cell.confidence === null || cell.confidence === undefined) return null;
   return 35 + 120 * Math.min(1, -Math.log10(Math.max(0.001, 1 - cell.confidence)) / 3); // by the nines, up to 99.9 %
@@ -59,7 +72,7 @@ function hueOf(cell, forwards) {
 // ---- drawing ------------------------------------------------------------------------------------------------------
 
 function drawCell(node, cell, forwards) {
-  const key = cell.masked ? "mask" : `${cell.forward}:${cell.fresh}:${colour}:${forwards}:${cell.text}`;
+  const key = cell.masked ? "mask" : `${cell.forward}:${cell.fresh}:${cell.draft}:${colour}:${forwards}:${cell.text}`;
   if (node.dataset.key === key) return;
   node.dataset.key = key;
   if (cell.masked) {
@@ -70,12 +83,14 @@ function drawCell(node, cell, forwards) {
   }
   const hue = hueOf(cell, forwards);
   const shown = cell.text.replace(/\n/g, "↵\n");
-  node.className = "pb-token" + (hue === null ? " pb-plain" : "") + (cell.fresh ? " pb-fresh" : "") + (shown ? "" : " pb-end");
-  node.style.setProperty("--h", hue ?? 0);
+  const kind = cell.draft ? ` pb-${cell.draft}` : colour === "drafts" && cell.accepted ? " pb-accepted" : hue === null ? " pb-plain" : "";
+  node.className = "pb-token" + kind + (cell.fresh ? " pb-fresh" : "") + (shown ? "" : " pb-end");
+  node.style.setProperty("--h", hue ?? (cell.accepted ? 150 : 275));
   const [, lead, core, tail] = shown.match(/^(\s*)([^]*?)(\s*)$/);
   node.replaceChildren(lead, make("b", "", core), tail);
   const sure = cell.confidence === null || cell.confidence === undefined ? "" : `, confidence ${cell.confidence.toFixed(3)}`;
-  node.title = `forward ${cell.forward}${sure}${shown ? "" : ", end of the answer"}`;
+  const origin = cell.draft === "draft" ? "a draft after " : cell.draft ? "a draft that was refused by " : cell.accepted ? "a draft accepted by " : "";
+  node.title = `${origin}forward ${cell.forward}${sure}${shown ? "" : ", end of the answer"}`;
 }
 
 function drawLane(lane) {
@@ -88,7 +103,7 @@ function drawLane(lane) {
   while (lane.tokens.length > cells.length) lane.tokens.pop().remove();
   cells.forEach((cell, i) => drawCell(lane.tokens[i], cell, forwards));
   const over = data.done && count === data.events.length;
-  const known = cells.filter((cell) => !cell.masked).length;
+  const known = cells.filter((cell) => !cell.masked && !cell.draft).length;
   nodes.forward.textContent = event ? `forward ${event.f}` + (over ? "" : ` · ${known} tokens`) : "waiting";
   nodes.root.dataset.state = data.error ? "failed" : over ? "done" : isOver() ? "stopped" : "running";
   nodes.error.textContent = data.error ?? "";
@@ -99,6 +114,7 @@ function drawLane(lane) {
   show("width", figures.tokens_per_forward?.toFixed(1));
   show("first", (data.figures ?? figures).ttft && event && seconds((data.figures ?? figures).ttft));
   show("count", event && String(figures.forwards ?? event.f));
+  if (data.speculative) show("right", event?.counts && `${event.counts[1]} of ${event.counts[0]}`);
 }
 
 /** While an answer is not whole; the server's own figures come with its end. */
@@ -130,6 +146,10 @@ function drawVerdict(node) {
   const { fast, slow, seconds: spent } = value.verdict;
   const times = `${value.verdict.times.toFixed(1)}×`;
   node.replaceChildren(make("strong", "", times), make("span", "", `${fast} was ${times} as fast as ${slow.toLowerCase()} decoding`));
+  if (value.verdict.texts) {
+    const line = node.appendChild(make("div", "pb-texts", value.verdict.texts.words));
+    line.dataset.equal = value.verdict.texts.equal;
+  }
   const bars = node.appendChild(make("div", "pb-bars"));
   lanes.forEach(({ data }, i) => {
     const row = bars.appendChild(make("div", "pb-bar"));
@@ -148,7 +168,9 @@ function buildLane(data) {
   root.append(make("div", "pb-text"), make("div", "pb-alert"), make("dl", "pb-figures"));
   const figures = root.querySelector(".pb-figures");
   const nodes = { root, text: root.querySelector(".pb-text"), forward: head.lastChild, error: root.querySelector(".pb-alert") };
-  for (const [name, label] of [["speed", "tokens/s"], ["width", "tokens/forward"], ["first", "first token"], ["count", "forwards"]]) {
+  const tiles = [["speed", "tokens/s"], ["width", "tokens/forward"], ["first", "first token"], ["count", "forwards"]];
+  if (data.speculative) tiles.push(["right", "drafts accepted"]);
+  for (const [name, label] of tiles) {
     const tile = figures.appendChild(make("div"));
     nodes[name] = tile.appendChild(make("dd", "pb-" + name, "–"));
     tile.appendChild(make("dt", "", label));
@@ -183,6 +205,10 @@ function receive() {
     lanes = value.lanes.map(buildLane);
     find(".pb-lanes").replaceChildren(...lanes.map((lane) => lane.nodes.root));
     find(".pb-lanes").dataset.count = lanes.length;
+    const speculative = value.lanes.some((lane) => lane.speculative);
+    find(".pb-masked").hidden = speculative;
+    find('[data-colour="drafts"]').hidden = !speculative;
+    if (lanes.length) setColour(chosenColour ?? (speculative ? "drafts" : "confidence"));
     setPace(chosenPace ?? value.pace);
     clock = 0;
     if (value.lanes.length) start();
@@ -221,6 +247,12 @@ function show(frame) {
   draw();
 }
 
+function setColour(name) {
+  colour = name;
+  element.querySelectorAll("[data-colour]").forEach((b) => b.setAttribute("aria-pressed", b.dataset.colour === colour));
+  element.querySelectorAll("[data-scale]").forEach((s) => (s.hidden = s.dataset.scale !== colour));
+}
+
 function setPace(slower) {
   pace = Number(slower);
   find(".pb-pace").value = String(pace);
@@ -244,9 +276,7 @@ element.addEventListener("click", (event) => {
   if (!button || !value) return;
   if (button.dataset.do) actions[button.dataset.do]();
   if (button.dataset.colour) {
-    colour = button.dataset.colour;
-    element.querySelectorAll("[data-colour]").forEach((b) => b.setAttribute("aria-pressed", b === button));
-    element.querySelectorAll("[data-scale]").forEach((s) => (s.hidden = s.dataset.scale !== colour));
+    setColour((chosenColour = button.dataset.colour));
     draw();
   }
 });
