@@ -132,7 +132,7 @@ def _decode(model: Model, prompts: list[list[int]], config: DecodeConfig) -> tup
     D = config.block_size or DEFAULT_BLOCK_SIZE
     capacity = -(-(max(map(len, prompts)) + config.max_new_tokens) // D) * D
     gate = gate_of(model)
-    if gate is not None and config.mode == "speculative":
+    if config.verified or (gate is not None and config.mode == "speculative"):
         capacity += D  # for the K/V of masks
     rows = Rows(len(prompts), capacity, D, gate)
     rows.pace.padded = len(prompts)
