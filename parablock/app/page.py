@@ -73,8 +73,8 @@ class Settings:
 
     def diffusion(self) -> dict[str, Any]:
         """What block diffusion takes, of the strategies' numbers only the one that counts."""
-        number = {"threshold": "threshold", "factor": "factor", "fixed": "tokens_per_step"}[self.strategy]
-        names = ("strategy", number, "sub_block_size", "sub_block_cache")
+        numbers = {"threshold": ["threshold"], "factor": ["factor"], "fixed": ["tokens_per_step"], "verified": []}
+        names = ("strategy", *numbers[self.strategy], "sub_block_size", "sub_block_cache")
         return {"mode": "diffusion", **self.common(), **{name: getattr(self, name) for name in names}}
 
 
@@ -266,7 +266,7 @@ def _controls(site: Site) -> list[Any]:
     history = gr.Checkbox(site.history, label="Send earlier turns along", elem_id="history")
 
     def of_strategy(name: str) -> list[Any]:
-        return [gr.Slider(visible=name == kind) for kind in get_args(Strategy)]
+        return [gr.Slider(visible=name == kind) for kind in ("threshold", "factor", "fixed")]
 
     strategy.change(of_strategy, strategy, [threshold, factor, fixed], queue=False, show_progress="hidden")
     return [history, strategy, threshold, factor, fixed, sub_block, cache, temperature, top_p, top_k, seed, max_tokens]

@@ -171,11 +171,18 @@ def settle(
 
     rows.sure_RK[which] = 0
     kept_m = new_m & right_n[piece_m]
-    kept = row_m[kept_m], work.target_m[kept_m] - rows.start_R[row_m[kept_m]]
-    rows.draft_RK[kept], rows.sure_RK[kept] = tokens_m[kept_m], confidence_m[kept_m]
+    _keep(rows, row_m[kept_m], work.target_m[kept_m], tokens_m[kept_m], confidence_m[kept_m])
     # a commit and what runs beside it want room: of the next block, and behind it
     rows.ahead_R[which] = (3 * D - 1) * _drafted(rows, which).filled_n
     return chosen_m
+
+
+def _keep(
+    rows: Rows, row_m: np.ndarray, target_m: np.ndarray, tokens_m: np.ndarray, confidence_m: np.ndarray
+) -> None:
+    """What masks predict of these rows' blocks are the next drafts."""
+    place_m = target_m - rows.start_R[row_m]
+    rows.draft_RK[row_m, place_m], rows.sure_RK[row_m, place_m] = tokens_m, confidence_m
 
 
 VERIFIED = Mode(causal=False, next_work=next_work)
