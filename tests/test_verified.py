@@ -61,7 +61,7 @@ def perfect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verified, "_keep", oracle([1.0]))
 
 
-@pytest.mark.parametrize(("likely", "sampling"), zip((verified.LIKELY, 0.0, 0.0), SAMPLED, strict=False))
+@pytest.mark.parametrize(("likely", "sampling"), [(verified.LIKELY, SAMPLED[0]), (0.0, SAMPLED[1]), (0.0, SAMPLED[2])])
 def test_the_tokens_are_those_of_the_definition(
     likely: float, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

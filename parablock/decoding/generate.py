@@ -34,8 +34,7 @@ class GenerateOutput:
     `tokens`: the new token ids of each row, prompt excluded, stop token included. `forwards`: model calls made (NFE),
     prefill and commits included. `decode_forwards`: the decode forwards each row took part in, prefill excluded.
     `seconds`: wall-clock time, prefill included. `drafted`, `accepted`: how many tokens of each row were drafted, and
-    how many of these became tokens of the answer (0 unless `mode="speculative"` or
-    `strategy="verified"`).
+    how many of these became tokens of the answer (0 unless they are verified).
     """
 
     tokens: list[list[int]]
@@ -204,8 +203,8 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
     if mode == "speculative" and adapted:
         raise ValueError(
             "mode='speculative': the checkpoint was adapted to block diffusion: its tokens see their whole block, and "
-            "drafts are verified by an AR model; use mode='diffusion' (or None), where strategy='verified' verifies drafts, "
-            "or the AR checkpoint it was made from"
+            "drafts are verified by an AR model; use strategy='verified', which verifies drafts in block "
+            "diffusion, mode='diffusion' (or None), or the AR checkpoint it was made from"
         )
     drafter = config.drafter
     if mode == "speculative":

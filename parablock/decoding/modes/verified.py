@@ -177,9 +177,7 @@ def settle(
     return chosen_m
 
 
-def _keep(
-    rows: Rows, row_m: np.ndarray, target_m: np.ndarray, tokens_m: np.ndarray, confidence_m: np.ndarray
-) -> None:
+def _keep(rows: Rows, row_m: np.ndarray, target_m: np.ndarray, tokens_m: np.ndarray, confidence_m: np.ndarray) -> None:
     """What masks predict of these rows' blocks are the next drafts."""
     place_m = target_m - rows.start_R[row_m]
     rows.draft_RK[row_m, place_m], rows.sure_RK[row_m, place_m] = tokens_m, confidence_m
