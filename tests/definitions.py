@@ -76,7 +76,6 @@ def verified(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[int]:
 
 
 DEFINITIONS = {"diffusion": block_diffusion, "autoregressive": autoregressive, "speculative": autoregressive}
-DEFINITIONS["verified"] = verified  # of mode="diffusion"
 
 
 def _whole(known: list[int | None], prompt: int, end: int, config: pb.DecodeConfig) -> list[int] | None:
