@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from parablock.decoding.config import DecodeConfig
     from parablock.decoding.generate import GenerateOutput, Step, generate, stream
     from parablock.decoding.transformers_generate import custom_generate
+    from parablock.diffusion.drafting import draft_loss
     from parablock.diffusion.noise import sample_noise
     from parablock.diffusion.objective import diffusion_loss
     from parablock.engine.config import EngineConfig
@@ -35,6 +36,7 @@ _HOME = {
     "Update": "engine.request",
     "custom_generate": "decoding.transformers_generate",
     "diffusion_loss": "diffusion.objective",
+    "draft_loss": "diffusion.drafting",
     "export": "checkpoints.export",
     "generate": "decoding.generate",
     "load": "checkpoints.load",
@@ -59,6 +61,7 @@ __all__ = [
     "Update",
     "custom_generate",
     "diffusion_loss",
+    "draft_loss",
     "export",
     "generate",
     "load",

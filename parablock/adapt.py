@@ -22,12 +22,16 @@ from parablock.data.sources import Data, load_data
 from parablock.data.word_problems import read_answer
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import generate
+from parablock.diffusion.gate import attach, new_gate
+from parablock.diffusion.support import is_adapted
 from parablock.evals.machine import machine
 from parablock.packed import pack
 from parablock.settings import Model, require_library
 from parablock.training.config import AdaptConfig
 from parablock.training.cost import GPUS, Cost, Shape, estimate
+from parablock.training.draft_check import DraftCheck
 from parablock.training.mask_token import prepare
+from parablock.training.preview import decoded
 from parablock.training.recipe import write_recipe
 from parablock.training.rows import RowDataset
 from parablock.training.trainer import padding_token, train
@@ -66,7 +70,12 @@ def adapt(config: AdaptConfig, output: Path, console: Console, *, resume: bool =
     if first:
         write_recipe(output / "recipe.yaml", config)
     log = _Log(output / LOG if first else None, config, rows, console)
-    checks = [_Check(model, tokenizer, list(data.samples[i] for i in range(held_out)), config, log)] if held_out else []
+    held = [data.samples[i] for i in range(held_out)]
+    checks: list[TrainerCallback] = []
+    if held and config.context == "causal":
+        checks.append(DraftCheck(model, held, config, rows.pad_token_id, log))
+    elif held:
+        checks.append(_Check(model, tokenizer, held, config, log))
     with log:
         train(
             model, tokenizer, kept, config, output / RUN, lengths=lengths, resume=resume,
@@ -89,7 +98,11 @@ def _require_free(output: Path, may_hold_a_run: bool) -> None:
 
 
 def _load(config: AdaptConfig, console: Console) -> tuple[Model, Any]:
+    """The model as it will be trained: with its mask token, LoRA or gate; frozen layers packed on a CPU."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # packed weights are not sharded
+    if config.context == "causal":
+        return _load_gated(config, device, packed=alone)
     dtype = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32  # frozen weights need no more
     model, tokenizer = load(config.model, dtype=dtype, device=device, packed=False)
     if config.mode == "diffusion" and (added := prepare(model, tokenizer, config.block_size)):
@@ -102,12 +115,26 @@ def _load(config: AdaptConfig, console: Console) -> tuple[Model, Any]:
             model,
             LoraConfig(
                 r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                target_modules="all-linear", task_type="CAUSAL_LM",
+                target_modules=list(config.lora_targets) or "all-linear", task_type="CAUSAL_LM",
             ),
         )  # fmt: skip
-        # the frozen layers; in bfloat16 the derivatives would cost more than products gain, and FSDP cannot shard them
-        if dtype == torch.float32 and os.environ.get("WORLD_SIZE", "1") == "1":
+        if dtype == torch.float32 and alone:  # in bfloat16 the derivatives would cost more than products gain
             pack(model)
+    return model, tokenizer
+
+
+def _load_gated(config: AdaptConfig, device: str, packed: bool) -> tuple[Model, Any]:
+    """The base in its own dtype, or in bfloat16 where asked for: it is not trained. The gate is float32."""
+    dtype = torch.bfloat16 if config.bf16 else None
+    model, tokenizer = load(config.model, dtype=dtype, device=device, packed=packed)
+    if is_adapted(model.config):
+        remedy = "context='causal' needs an autoregressive model"
+        raise ValueError(f"{config.model!r} was adapted to block context; {remedy}, such as the one it was made of")
+    gate = new_gate(
+        model, draft_tokens=config.draft_tokens, rank=config.lora_rank, alpha=config.lora_alpha,
+        targets=config.lora_targets, seed=config.seed,
+    )  # fmt: skip
+    attach(model, gate)
     return model, tokenizer
 
 
@@ -140,7 +167,7 @@ def _print_plan(
         f"{len(rows) / len(rows.groups):.2f} epochs in {config.steps:,} steps of {config.batch_size} rows",
         soft_wrap=True,
     )
-    console.print(f"[dim]{_decoded(seen[0], tokenizer, config)}[/]", highlight=False, soft_wrap=True)
+    console.print(f"[dim]{decoded(seen[0], tokenizer, config)}[/]", highlight=False, soft_wrap=True)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own = model.config
@@ -159,20 +186,6 @@ def cost_line(cost: Cost) -> str:
         f"cost: {cost.row_tokens:.3g} tokens of data, {cost.flops:.3g} FLOP; GPU-hours at 40 % of the peak: {hours}; "
         f"{cost.memory_gb:.3g} GB on one GPU without sharding"
     )
-
-
-def _decoded(row: dict[str, torch.Tensor], tokenizer: Any, config: AdaptConfig) -> str:
-    """Where a row's first response begins, as text: what the first view masks in brackets, block ends as bars."""
-    pieces = []
-    learned = (row["labels"] != IGNORE).nonzero()
-    begin = max(0, int(learned[0]) // config.block_size - 1) * config.block_size if len(learned) else 0
-    for i in range(begin, min(begin + 128, len(row["labels"]))):
-        text = tokenizer.decode([int(row["input_ids"][i])])
-        masked = bool(row["noise_mask"][i]) and int(row["labels"][i]) != IGNORE
-        pieces.append(f"\\[{text}]" if masked else text)
-        if (i + 1) % config.block_size == 0:
-            pieces.append("|")
-    return "".join(pieces)
 
 
 class _Log:
@@ -198,7 +211,7 @@ class _Log:
         self.bar.stop()
 
     def __call__(self, step: int, logs: dict[str, float]) -> None:
-        if not {"loss", "tokens_per_forward"} & logs.keys():
+        if not {"loss", "tokens_per_forward", "accepted"} & logs.keys():
             return  # the Trainer's summary at the end
         entry = {"step": step, **{k: v for k, v in logs.items() if k not in ("step", "epoch", "total_flos")}}
         now = time.perf_counter()
@@ -215,6 +228,9 @@ class _Log:
         elif "tokens_per_forward" in logs:
             known = f"{100 * logs['accuracy']:.0f} % right, " if "accuracy" in logs else ""
             self.console.print(f"step {step:6d}  check: {known}{logs['tokens_per_forward']:.2f} tokens per forward")
+        elif "accepted" in logs:
+            places = " ".join(f"{share:.2f}" for name, share in logs.items() if name.startswith("accepted_"))
+            self.console.print(f"step {step:6d}  check: accepted drafts per cycle {logs['accepted']:.2f} ({places})")
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")

@@ -152,7 +152,7 @@ def adapt(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A checkpoint or LoRA adapter: directory, hub id, 'bundled'.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint or adapter: directory, hub id, 'bundled'.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new directory.")],
     layout: Annotated[
         str,

@@ -6,6 +6,7 @@ stock model: the linear layers change their class, and the plain weights go, but
 read by rows) and those of small layers. `unpack` brings them back, bit for bit.
 """
 
+import copy
 import weakref
 from collections import Counter
 from itertools import count
@@ -169,6 +170,7 @@ class Int8Linear(nn.Module):
         rounded = torch.round(weight / self.scale[:, None]).to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.number = _numbered(self)
+        self._forward_hooks = layer._forward_hooks  # an adapter's, say
 
     def forward(self, x: Tensor) -> Tensor:
         """The product of rounded weights and rounded inputs; RuntimeError where a derivative would be needed."""
@@ -200,7 +202,11 @@ class Int8Linear(nn.Module):
         raise ValueError("8-bit weights are not saved; load the checkpoint with another dtype to save it")
 
     def __deepcopy__(self, memo: Any) -> "Int8Linear":
-        return self  # nothing in it ever changes
+        copied = Int8Linear.__new__(Int8Linear)
+        memo |= {id(self): copied, id(self.packed): self.packed}  # which never changes
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)  # hooks lead to what is copied, too
+        copied.number = _numbered(copied)
+        return copied
 
 
 def _is_plain(weight: Tensor) -> bool:

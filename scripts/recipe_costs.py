@@ -13,13 +13,14 @@ from parablock.training.cost import Shape, estimate
 from parablock.training.recipe import make_config, read_recipe
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {  # from the checkpoints' config.json; LoRA of rank 16 on all linear layers
+SHAPES = {  # from the checkpoints' config.json; LoRA of the recipes' rank on all linear layers
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Shape(0.1345e9, 30, 576, 49152),
     "Qwen/Qwen2.5-0.5B-Instruct": Shape(0.494e9, 24, 896, 151936),
     "Qwen/Qwen2.5-1.5B-Instruct": Shape(1.544e9, 28, 1536, 151936),
     "Qwen/Qwen2.5-7B-Instruct": Shape(7.616e9, 28, 3584, 152064),
     "runs/bundled": Shape(1.25e6, 6, 128, 640),
 }
-LORA = {"Qwen/Qwen2.5-7B-Instruct": 40.4e6}
+LORA = {"HuggingFaceTB/SmolLM2-135M-Instruct": 9.8e6, "Qwen/Qwen2.5-7B-Instruct": 40.4e6}
 
 
 def with_cost(path: Path) -> str:

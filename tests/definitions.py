@@ -12,6 +12,7 @@ from official_layout import masks_of
 
 import parablock as pb
 from parablock.decoding.unmasking import propose, uniform
+from parablock.diffusion.gate import gate_of
 from parablock.diffusion.masks import block_causal_mask
 
 
@@ -73,6 +74,30 @@ def verified(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[int]:
         attends[active:] &= torch.ones_like(attends).tril()[active:]
         known.append(_propose(_logits(model, tokens, attends)[-1], config, mask_token, len(tokens), 0)[1])
     return whole
+
+
+def speculative(model: Any, ids: list[int], config: pb.DecodeConfig) -> tuple[list[int], int]:
+    """A gate's masks make `config.draft_tokens` drafts, which the AR model verifies: answer and forwards.
+
+    Drafts are what masks in place of the last known token and those behind it predict.
+    """
+    answer, gate, k = autoregressive(model, ids, config), gate_of(model), config.draft_tokens
+    assert gate is not None
+    assert k is not None
+    done, forwards, drafts = 1, 0, list[int]()  # the first token comes with the prompt
+    while done < len(answer):
+        behind, right = answer[done:], 0
+        while right < min(len(drafts), len(behind)) and drafts[right] == behind[right]:
+            right += 1
+        ends = right == len(behind)  # what ends an answer is a prediction, not a draft
+        done, forwards = done + right + (not ends), forwards + 1
+        tokens = [*ids, *answer[: done - 1], *gate.mask_ids(k)]
+        logits = _logits(model, tokens, torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril())
+        first = len(ids) + done  # the position of the first draft
+        drafts = [
+            _propose(logits[first - 1 + n], config, model.config.mask_token_id, first + n, 0)[1] for n in range(k)
+        ]
+    return answer, forwards
 
 
 DEFINITIONS = {"diffusion": block_diffusion, "autoregressive": autoregressive, "speculative": autoregressive}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from parablock.data.formats import to_chat
 from parablock.data.packing import pack
 from parablock.data.sources import load_data
 from parablock.data.word_problems import word_problem
+from parablock.diffusion.gate import gate_of
 from parablock.training.cost import Shape, estimate
 from parablock.training.recipe import make_config, read_recipe
 
@@ -203,6 +205,42 @@ def test_lora_under_torchrun(tmp_path: Path) -> None:
     pb.export(model, tokenizer, tmp_path / "merged")
 
 
+def test_adapt_in_causal_context_makes_an_adapter_that_drafts(tmp_path: Path) -> None:
+    chats = [{"messages": word_problem("train", 7, i).messages()} for i in range(60)]
+    data = write_rows(tmp_path / "chats.jsonl", chats)
+    options = (
+        "--context", "causal", "--lora-rank", "4", "--draft-tokens", "2", "--anchors", "8", "--lora-targets", "o_proj",
+        "--lora-targets", "down_proj", "--steps", "4", "--check-every", "2", "--check-samples", "3",
+    )  # fmt: skip
+    out = run("adapt", "bundled-ar", "--data", data, "-o", tmp_path / "run", *SMALL, *options)
+    assert out.returncode == 0, out.stderr
+    for text in (
+        "60 kept",
+        "assistant",
+        "cost:",
+        "step      4  loss",
+        "check: accepted drafts per cycle ",
+        "checkpoint",
+    ):
+        assert text in out.stdout, text
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    checks = [entry for entry in log if "accepted" in entry]
+    assert [entry["step"] for entry in checks] == [2, 4]
+    for entry in checks:
+        assert entry["accepted"] == pytest.approx(entry["accepted_1"] + entry["accepted_2"])
+    model, tokenizer = pb.load(tmp_path / "run" / "model")
+    base, _ = pb.load("bundled-ar")
+    prompt = tokenizer("4+7=")["input_ids"]
+    said = pb.generate(base, prompt, pb.DecodeConfig(mode="autoregressive", max_new_tokens=12)).tokens
+    config = pb.DecodeConfig(mode="speculative", drafter="masks", max_new_tokens=12)
+    assert pb.generate(model, prompt, config).tokens == said
+    gate = gate_of(model)
+    assert gate is not None
+    assert {name.rpartition(".")[2] for name in gate.targets} == {"o_proj", "down_proj"}
+    again = run("adapt", str(tmp_path / "run" / "model"), "--data", data, "-o", tmp_path / "b", *SMALL, *options)
+    assert again.stderr.strip().splitlines()[-1].endswith("load its base to train another one")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -217,6 +255,8 @@ def test_lora_under_torchrun(tmp_path: Path) -> None:
         (["bundled-ar", "--data", "word-problems", "--recipe", "typo.yaml"], "unknown settings (stepps)"),
         (["bundled-ar", "--data", "word-problems", "--block-size", "7"], "context_length=2048"),
         (["bundled-ar", "--data", "word-problems", "--schedule", "step"], "schedule='step'"),
+        (["bundled-ar", "--data", "word-problems", "--context", "causal"], "lora_rank=0"),
+        (["bundled", "--data", "word-problems", "--context", "causal", "--lora-rank", "4"], "adapted to block context"),
         (["bundled-ar", "--data", "word-problems", "-o", "full"], "'full' is not empty; pass --resume"),
         (["plain", "--data", "ok.jsonl"], "the tokenizer has no chat template"),
     ],
@@ -255,6 +295,12 @@ def test_cost_is_what_a_hand_finds() -> None:
     assert cost.forward_tokens == 2 * cost.row_tokens  # once clean, and half of it twice noisy
     per_token = (1000 - 200) + 2 * 10 * 32
     assert cost.flops == 3 * 2 * (cost.forward_tokens * per_token + 0.5 * cost.row_tokens * 200)
+
+    masks = 10 * 2 * 8 * 3  # of 20 rows, 8 anchors in each
+    causal = make_config({**asdict(config), "context": "causal", "lora_rank": 4, "anchors": 8})
+    cost = estimate(replace(shape, trainable=100.0), causal, learned_share=0.5)
+    assert (cost.row_tokens, cost.forward_tokens) == (1280, 1280 + masks)
+    assert cost.flops == 2 * (1280 * per_token + 2 * masks * (per_token + 200))
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))

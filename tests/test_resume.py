@@ -59,7 +59,11 @@ def test_killed_at_random_steps_it_ends_with_the_same_weights(tmp_path: Path) ->
         assert torch.equal(p, again[name]), name
 
 
-@pytest.mark.parametrize(("processes", "changes"), [(1, {}), (2, {"fsdp": True})], ids=["alone", "fsdp2"])
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [(1, {}), (2, {"fsdp": True}), (2, {"fsdp": True, "context": "causal"})],
+    ids=["alone", "fsdp2", "fsdp2-causal"],
+)
 def test_sigterm_ends_with_a_checkpoint_and_nothing_is_lost(
     tmp_path: Path, processes: int, changes: dict[str, Any]
 ) -> None:

@@ -70,6 +70,24 @@ def test_the_switches_of_a_row() -> None:
     assert row["input_ids"].tolist() == [*first, *second]  # 24 tokens: no padding between, and none needed after
 
 
+def test_anchors_are_drawn_from_the_answers_by_epoch_and_sample() -> None:
+    run = rows(True, context="causal", optimizer="adamw", anchors=3)
+    seen = set()
+    for epoch in range(20):
+        row = run.row(0, epoch)
+        assert "noise_mask" not in row
+        assert int(row["anchors"].sum()) == 3
+        seen |= set(row["anchors"].nonzero()[:, 0].tolist())
+        assert torch.equal(row["anchors"], run.row(0, epoch)["anchors"])
+    # a sample is 5 tokens of prompt and 7 of answer, padded to 16: the token after the next one is to be learned
+    assert seen == {*range(3, 10), *range(19, 26)}
+    alone = rows(False, context="causal", optimizer="adamw", anchors=99)
+    assert int(alone.row(0, 0)["anchors"].sum()) == 7
+    batch = collate([alone.row(0, 0), run.row(0, 0)], 61)
+    assert batch["anchors"].shape == (2, 32)
+    assert not batch["anchors"][0, 16:].any()
+
+
 def test_collate_pads_on_the_right() -> None:
     batch = collate([rows(False).row(0, epoch=0), rows(True, isolate_samples=False).row(0, epoch=0)], 61)
     assert batch["input_ids"].shape == (2, 32)
@@ -193,8 +211,10 @@ def run_worker(folder: Path, changes: dict[str, Any], *flags: str, processes: in
         {"optimizer": "muon", "packing": False},
         {"optimizer": "adamw", "ar_loss_weight": 0.5},
         {"optimizer": "adamw", "fsdp": True},
+        {"optimizer": "adamw", "context": "causal", "anchors": 4},
+        {"optimizer": "adamw", "context": "causal", "anchors": 4, "fsdp": True},
     ],
-    ids=["ddp", "ddp-muon", "ddp-packed-with-ar-loss", "fsdp2"],
+    ids=["ddp", "ddp-muon", "ddp-packed-with-ar-loss", "fsdp2", "ddp-causal", "fsdp2-causal"],
 )
 def test_two_processes_train_as_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     """The same global batch, shared out over two real processes: same losses, same weights."""
@@ -285,6 +305,11 @@ def test_only_an_adaptation_adds_mask_token_and_block_size(tokenizer: Any, tmp_p
         ({"context_length": 100, "block_size": 32}, "multiple of block_size=32"),
         ({"decay_share": 2.0}, "decay_share=2.0"),
         ({"lr": 0.0}, "lr="),
+        ({"context": "both"}, "context='both'"),
+        ({"context": "causal", "optimizer": "muon"}, "optimizer='muon'"),
+        ({"context": "causal", "mode": "autoregressive"}, "mode='autoregressive' .* context='causal' needs"),
+        ({"context": "causal", "ar_loss_weight": 0.5}, "ar_loss_weight=0.5 .* belongs to block context"),
+        ({"context": "causal", "gamma": 0.0}, "gamma=0.0"),
     ],
 )
 def test_bad_recipes_are_named(values: dict[str, Any], message: str) -> None:

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "model.safetensors.index.json"
+# of an adapter, in PEFT's layout; the last: what PEFT's own files have no place for
+ADAPTER = "adapter_config.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+ADAPTER_FIELDS = "block_diffusion.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -16,8 +20,6 @@ def check_directory(path: Path) -> None:
     Raises:
         ValueError: it is not so.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not (path / "config.json").is_file():
         raise ValueError(f"{str(path)!r} has no config.json; point to a checkpoint in transformers' layout")
     weights = sorted(path.glob("*.safetensors"))
@@ -39,11 +41,18 @@ def check_directory(path: Path) -> None:
                 f"(first: {missing[0]}); download or copy them, too"
             )
     for file in weights:
-        try:
-            with safe_open(file, framework="np"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{str(file)!r} is truncated or damaged ({error}); download or copy it again") from error
+        check_opens(file)
+
+
+def check_opens(file: Path) -> None:
+    """ValueError unless a safetensors file is whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} is truncated or damaged ({error}); download or copy it again") from error
 
 
 def check_architecture(config: Any, name: str) -> None:
@@ -99,6 +108,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); download or copy it again") from error
     return content
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """All tensors of a safetensors file; ValueError if it is damaged."""
+    check_opens(file)
+    from safetensors.torch import load_file
+
+    return dict(load_file(file))
 
 
 @contextmanager

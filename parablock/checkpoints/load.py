@@ -1,4 +1,4 @@
-"""Load a checkpoint: the bundled models, Fast-dLLM v2 checkpoints, any AR decoder, LoRA adapters."""
+"""Load a checkpoint: the bundled models, Fast-dLLM v2 checkpoints, any AR decoder, adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ def load(
     """Load a model and its tokenizer as stock transformers objects, ready to decode or to adapt.
 
     Works on a block-diffusion checkpoint (ours, or a published Fast-dLLM v2 one), on any AR decoder (which is loaded as
-    it is and decodes autoregressively), and on a directory with a LoRA adapter (its base is loaded, too). Weights are
-    read from safetensors files straight to their device; code that comes with a checkpoint is never run.
+    it is and decodes autoregressively), and on a directory with an adapter (its base is loaded, too): LoRA of a
+    block-diffusion model, or what drafts for an AR model, which is attached to it. Weights are read from safetensors
+    files straight to their device; code that comes with a checkpoint is never run.
 
     Args:
         path_or_id: a directory, a hub id, `"bundled"` (the block-diffusion model that comes with the package) or
@@ -52,12 +53,16 @@ def load(
     options = {"dtype": weights_dtype(dtype, device_map), "device_map": device_map}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    if checkpoint.base is not None:
+    if checkpoint.base is not None and checkpoint.draft_tokens is None:
         model, tokenizer = _load_adapter(checkpoint, checkpoint.base, options)
     else:
-        model, tokenizer = _load_model(checkpoint, options, revision)
+        model, tokenizer = _load_model(checkpoint.base or checkpoint, options, None if checkpoint.base else revision)
     if str(device_map) == "cpu" and quantization_config is None:
         _suit_to_cpu(model, dtype, packed)
+    if checkpoint.draft_tokens is not None:
+        from parablock.checkpoints.adapter import attach_adapter
+
+        attach_adapter(model, Path(checkpoint.target))  # to the layers as they are from now on
     return model.eval(), tokenizer
 
 

@@ -6,21 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parablock.checkpoints.checks import check_directory, in_one_line, read_json
+from parablock.checkpoints.checks import (
+    ADAPTER,
+    ADAPTER_FIELDS,
+    ADAPTER_TENSORS,
+    check_directory,
+    check_opens,
+    in_one_line,
+    read_json,
+)
 from parablock.decoding.config import DecodeConfig, Mode
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BUNDLED_MODELS = {"bundled": BUNDLED / "diffusion", "bundled-ar": BUNDLED / "ar"}
 OFFICIAL = "Fast_dLLM_Qwen"  # model_type of the published checkpoints, all of them adapted
-ADAPTER = "adapter_config.json"
-ADAPTER_FIELDS = "block_diffusion.json"  # what a LoRA adapter's own files have no place for
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a checkpoint is, and what it says about block diffusion.
 
-    `name`: as the user wrote it. `target`: a directory or a hub id. `base`: of a LoRA adapter.
+    `name`: as the user wrote it. `target`: a directory or a hub id. `base`: of an adapter. `draft_tokens`: of one of
+    causal context, whose base stays the AR model that it is: how many masks it was trained to fill at once.
     """
 
     name: str
@@ -28,6 +35,7 @@ class Checkpoint:
     block_size: int | None
     mask_token_id: int | None
     base: "Checkpoint | None" = None
+    draft_tokens: int | None = None
 
     @property
     def adapted(self) -> bool:
@@ -40,6 +48,12 @@ class Checkpoint:
         Raises:
             ValueError: block diffusion with a model that was never adapted to it, speculation with one that was.
         """
+        if self.draft_tokens is not None:
+            if config.mode == "diffusion":
+                raise ValueError(
+                    f"mode='diffusion': {self.name} drafts for an AR model, which verifies the drafts; leave --mode out"
+                )
+            return config.mode or "speculative"
         mask_token_id = self.mask_token_id if config.mask_token_id is None else config.mask_token_id
         named = config.block_size or self.block_size, mask_token_id
         if config.mode == "diffusion" and None in named:
@@ -96,16 +110,42 @@ def announce(checkpoint: Checkpoint, config: DecodeConfig) -> None:
 
 
 def _look_at_adapter(name: str, path: Path) -> Checkpoint:
-    if not (path / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{str(path)!r} has no adapter_model.safetensors; save the adapter with safetensors")
+    if not (path / ADAPTER_TENSORS).is_file():
+        raise ValueError(f"{str(path)!r} has no {ADAPTER_TENSORS}; save the adapter with safetensors")
+    check_opens(path / ADAPTER_TENSORS)
     base_name = read_json(path / ADAPTER).get("base_model_name_or_path")
     if not base_name:
         raise ValueError(f"{str(path / ADAPTER)!r} names no base_model_name_or_path; add the base's path or id")
-    base = look(base_name)
+    if base_name.startswith(".") and (path / base_name).is_dir():
+        base_name = os.path.normpath(path / base_name)  # beside the adapter, wherever both are moved
+    try:
+        base = look(base_name)
+    except ValueError as error:
+        raise ValueError(f"the base of {name}, which {str(path / ADAPTER)!r} names: {error}") from error
     fields = read_json(path / ADAPTER_FIELDS) if (path / ADAPTER_FIELDS).is_file() else {}
+    if fields.get("context", "block") != "block":
+        return Checkpoint(name, str(path), None, None, base, _draft_tokens(path / ADAPTER_FIELDS, fields, base))
     block_size = fields.get("bd_size") or base.block_size
     mask_token_id = base.mask_token_id if fields.get("mask_token_id") is None else fields["mask_token_id"]
     return Checkpoint(name, str(path), block_size, mask_token_id, base)
+
+
+def _draft_tokens(file: Path, fields: dict[str, Any], base: Checkpoint) -> int:
+    """Of an adapter of causal context; ValueError where its fields or its base are none of one."""
+    if fields["context"] != "causal":
+        raise ValueError(f"{str(file)!r} has context={fields['context']!r}, which is unknown; use 'causal' or 'block'")
+    for field in ("draft_tokens", "mask_embeddings"):
+        if not isinstance(fields.get(field), int) or fields[field] < 1:
+            raise ValueError(
+                f"{str(file)!r} has {field}={fields.get(field)!r}, which is not a number of masks; copy it again"
+            )
+    if base.base is not None or base.adapted:
+        raise ValueError(
+            f"{str(file)!r} has context='causal', and the base {base.name} was adapted itself; name the AR model that "
+            "the adapter was trained on"
+        )
+    draft_tokens: int = fields["draft_tokens"]
+    return draft_tokens
 
 
 def _hub_config(name: str, revision: str | None) -> dict[str, Any]:

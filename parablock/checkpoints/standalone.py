@@ -1,6 +1,7 @@
 """The decoder as a checkpoint's remote code: parablock's own files, flat, with relative imports.
 
-Nothing is written twice: the files are those of this package that `custom_generate` needs, found by their imports.
+Nothing is written twice: the files are those of this package that `custom_generate` and an adapter need, found by their
+imports.
 """
 
 import re
@@ -10,9 +11,10 @@ PACKAGE = Path(__file__).parents[1]
 MODULE = "modeling_block_diffusion"
 CLASS = "BlockDiffusionForCausalLM"
 START = "parablock.decoding.transformers_generate"
+ADAPTER_START = "parablock.checkpoints.adapter"
 IMPORT = re.compile(r"^( *)from (parablock\.[\w.]+) import", re.MULTILINE)
 
-MODELING = '''"""A stock {stock} whose `generate` decodes by block diffusion."""
+MODELING = '''"""A stock {stock} whose `generate` decodes several tokens per forward."""
 
 from typing import Any
 
@@ -29,10 +31,24 @@ class {name}({stock}):
         return super().generate(inputs, **{{"custom_generate": custom_generate, **kwargs}})
 '''
 
+ATTACHING = """
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        \"\"\"The model with the adapter in the checkpoint's `adapter` folder attached.\"\"\"
+        from .{adapter} import attach_published
 
-def write_code(directory: Path, stock_class: str) -> None:
-    """Write the decoder's files to `directory`, and a model class over transformers' `stock_class` that uses them."""
-    pending, done = [START], set[str]()
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        attach_published(loaded[0] if isinstance(loaded, tuple) else loaded, name, **kwargs)
+        return loaded
+"""
+
+
+def write_code(directory: Path, stock_class: str, *, adapter: bool) -> None:
+    """Write the decoder's files to `directory`, and a model class over transformers' `stock_class` that uses them.
+
+    `adapter`: the checkpoint has one in its folder `adapter`, which that class attaches.
+    """
+    pending, done = [START, *([ADAPTER_START] if adapter else [])], set[str]()
     while pending:
         module = pending.pop()
         if module in done:
@@ -43,6 +59,8 @@ def write_code(directory: Path, stock_class: str) -> None:
         flat = IMPORT.sub(lambda m: f"{m[1]}from .{_flat(m[2])} import", source)
         (directory / f"{_flat(module)}.py").write_text(flat)
     text = MODELING.format(stock=stock_class, name=CLASS, hook=_flat(START))
+    if adapter:
+        text += ATTACHING.format(adapter=_flat(ADAPTER_START))
     (directory / f"{MODULE}.py").write_text(text)
 
 

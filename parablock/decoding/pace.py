@@ -14,6 +14,7 @@ FLAT = 32  # until it is measured: a forward of so many tokens takes twice as lo
 RECENT = 15  # forwards of a kind that count: their median, so that a slow one changes nothing
 MOST_MASKS = 15  # of a draft block
 HOPE = 0.6  # that a mask's draft is right, until it is measured
+PAUSES = 4, 16  # forwards in which drafts are not thought of after one in which none paid: the more, the more rows
 LIFETIME = 512  # forwards after which a kind that was not run meanwhile is as good as unknown
 
 
@@ -29,7 +30,8 @@ class Pace:
         self.padded = 0  # so many rows run together, all as wide as the widest; 0: every row its own width
         self.chance = 0.5  # that what is looked up is right, as it was lately in all rows
         self.hope = HOPE ** np.arange(1, MOST_MASKS + 1)  # that the drafts of so many masks are right, the same
-        self.pause = 0  # forwards until guesses are looked for again
+        self._pause = 0  # forwards until drafts are thought of again
+        self._busy = 0  # rows when drafts did not pay
         self._forwards = 0
         self._recent: dict[tuple[int, bool, int], deque[float]] = {}
         self._latest: dict[tuple[int, bool, int], int] = {}
@@ -40,6 +42,19 @@ class Pace:
         self.beside = beside
         self.rows = 0  # that may draft
         self.drafts = False  # whether some do
+
+    def rests(self, rows: int) -> bool:
+        """Whether drafts of so many rows are not worth a thought now: they did not pay a few forwards ago."""
+        if self._pause and 2 * rows > self._busy:
+            self._pause -= 1
+            return True
+        return False
+
+    def decided(self, rows: int, drafts: bool) -> None:
+        """Some of so many rows draft in this forward, or none does."""
+        self.drafts = drafts
+        least, most = PAUSES
+        self._pause, self._busy = 0 if drafts else min(max(least, rows), most), rows
 
     def note(self, tokens: int, seconds: float) -> None:
         """What was planned has run so many tokens in so many seconds."""

@@ -23,15 +23,19 @@ def plain_attention(
     `seen [..., Q, K]` (bool): which keys a query sees, by default all. `softcap`: the bound scores are squeezed under,
     which torch's attention does not know.
     """
-    scores = query @ key.mT
+    return attention_weights(query @ key.mT, seen, softcap, value.dtype, dropout) @ value
+
+
+def attention_weights(
+    scores: Tensor, seen: Tensor | None, softcap: float | None, dtype: torch.dtype, dropout: float = 0.0
+) -> Tensor:
+    """How much of each value a query takes, by its `scores [..., Q, K]`; arguments as of `plain_attention`."""
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    if dropout:
-        weights = nn.functional.dropout(weights, dropout)
-    return weights @ value
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
+    return nn.functional.dropout(weights, dropout) if dropout else weights
 
 
 def block_attention(

@@ -91,6 +91,8 @@ def new_gate(
     known = {name.rpartition(".")[2] for name in layers}
     if unknown := sorted(set(targets) - known):
         raise ValueError(f"the model has no layers {unknown[0]!r} to put LoRA on; choose of {', '.join(sorted(known))}")
+    if not layers:
+        raise ValueError(f"a {type(model).__name__} has no linear layers to put LoRA on; choose another model")
     layers = {name: layer for name, layer in layers.items() if not targets or name.rpartition(".")[2] in targets}
     loras = []
     for layer in layers.values():
@@ -116,8 +118,9 @@ def attach(model: Model, gate: Gate) -> None:
     layers = dict(model.named_modules())
     pairs = [(name, lora) for name, lora in zip(gate.targets, gate.loras, strict=True) if isinstance(lora, Lora)]
     for name, lora in pairs:
-        layer = layers.get(name)
-        if layer is None or (layer.in_features, layer.out_features) != (lora.down.shape[1], lora.up.shape[0]):
+        layer: Any = layers.get(name)
+        sizes = (lora.down.shape[1], lora.up.shape[0])
+        if not hasattr(layer, "in_features") or (layer.in_features, layer.out_features) != sizes:
             raise ValueError(
                 f"the adapter's layer {name} does not fit this {type(model).__name__}; load it on its base"
             )

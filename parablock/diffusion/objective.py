@@ -6,7 +6,7 @@ stream, blocks that equal their clean copy and clean blocks that nobody reads ar
 positions only, in chunks. The loss is the same number.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -78,7 +78,7 @@ def diffusion_loss(
     views = torch.stack([input_ids, *(input_ids.masked_fill(v, mask_token_id) for v in (first, second))])
     hidden = hidden_states(model, layout.gather(views), layout, attention)
     sources, targets = _shifted_targets(layout, torch.stack([first, second]), input_ids, first_token_context)
-    total = _summed_cross_entropy(model, hidden.index_select(0, sources), targets)
+    total = summed_cross_entropy(model, hidden.index_select(0, sources), targets)
     return total / (targets.numel() if num_items is None else num_items)
 
 
@@ -97,24 +97,35 @@ def autoregressive_loss(
     right. Returns a scalar, float32: the mean cross-entropy in nats.
     """
     require_supported_layers(model.config)
-    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-    learned = labels != -100
-    learned[:, 0] = False
-    if samples is not None:
-        index = torch.arange(input_ids.shape[1], device=input_ids.device)
-        start = sample_bounds(samples)[0].repeat_interleave(block_size, 1) * block_size
-        own = (start[:, :, None] == start[:, None, :]) & (index[:, None] >= index[None, :])
-
-        def seen(window: int) -> Tensor:
-            return (own & near(index, index, window or len(index)))[:, None]
-
-        inputs["attention_mask"] = _additive(model, seen)
-        inputs["position_ids"] = index - start
-        learned &= index > start
-    hidden = model.get_decoder()(**inputs).last_hidden_state
-    row, position = learned.nonzero(as_tuple=True)
-    total = _summed_cross_entropy(model, hidden[row, position - 1], input_ids[row, position])
+    inputs, start_BL, _ = causal_inputs(model, input_ids, block_size, samples)
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)
+    row, position = ((labels != -100) & (index > start_BL)).nonzero(as_tuple=True)
+    total = summed_cross_entropy(model, hidden[row, position - 1], input_ids[row, position])
     return total / (position.numel() if num_items is None else num_items)
+
+
+def causal_inputs(
+    model: Model, input_ids: Tensor, block_size: int, samples: Tensor | None
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """What a decoder is called with to run over clean tokens causally, each within its sample.
+
+    Returns the arguments, and for every token where, in its row, its sample starts and ends `[B, L]`.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    length = input_ids.shape[1]
+    if samples is None:
+        start = torch.zeros_like(input_ids)
+        return inputs, start, start + length
+    index = torch.arange(length, device=input_ids.device)
+    first, last = (bound.repeat_interleave(block_size, 1) for bound in sample_bounds(samples))
+    start, end = first * block_size, (last + 1) * block_size
+    own = (start[:, :, None] == start[:, None, :]) & (index[:, None] >= index[None, :])
+
+    def seen(window: int) -> Tensor:
+        return (own & near(index, index, window or length))[:, None]
+
+    return inputs | {"attention_mask": _additive(model, seen), "position_ids": index - start}, start, end
 
 
 def _additive(model: Model, seen: Callable[[int], Tensor]) -> Any:
@@ -144,8 +155,7 @@ def _check(
 def hidden_states(model: Model, ids: Tensor, layout: Units, attention: Attention | None = None) -> Tensor:
     """One forward of the decoder over all units: `[1, T]` -> `[T, hidden]`."""
     if attention is None:
-        # flags set by gradient_checkpointing_enable, whatever this version of transformers calls it
-        if model.training and any(m.gradient_checkpointing for m in _checkpointed_modules(model)):
+        if model.training and is_checkpointed(model):
             attention = "dense"
         elif ids.device.type == "cuda":
             attention = "flex" if model._supports_flex_attn else "dense"
@@ -165,8 +175,9 @@ def hidden_states(model: Model, ids: Tensor, layout: Units, attention: Attention
     return hidden
 
 
-def _checkpointed_modules(model: Model) -> Iterator[Any]:
-    return (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+def is_checkpointed(model: Model) -> bool:
+    """Whether layers run again in the backward pass (whatever this version of transformers calls it)."""
+    return any(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
 def _shifted_targets(
@@ -246,17 +257,20 @@ def _compare_logits(model: Model) -> None:
         )
 
 
-def _summed_cross_entropy(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy summed over `hidden [M, hidden]`; with large vocabularies chunk by chunk, logits recomputed."""
+def summed_cross_entropy(model: Model, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy summed over `hidden [M, hidden]`; with large vocabularies chunk by chunk, logits recomputed.
 
-    def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(head_logits(model, h), t, reduction="sum")
+    `weights [M]`: what each counts, by default 1.
+    """
 
+    def chunk_loss(h: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
+        if w is None:
+            return F.cross_entropy(head_logits(model, h), t, reduction="sum")
+        return F.cross_entropy(head_logits(model, h), t, reduction="none") @ w
+
+    arguments = [hidden, targets] if weights is None else [hidden, targets, weights]
     size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
     if len(targets) <= size:
-        return chunk_loss(hidden, targets)
-    parts = [
-        checkpoint(chunk_loss, h, t, use_reentrant=False)
-        for h, t in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-    ]
-    return torch.stack(parts).sum()
+        return chunk_loss(*arguments)
+    chunks = zip(*(torch.split(argument, size) for argument in arguments), strict=True)
+    return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()

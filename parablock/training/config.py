@@ -9,6 +9,7 @@ from parablock.settings import inherited, require, require_at_least, require_cho
 Objective = Literal["diffusion", "autoregressive"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["stable", "cosine"]
+Context = Literal["block", "causal"]
 TooLong = Literal["drop", "truncate", "refuse"]
 
 
@@ -17,10 +18,13 @@ class TrainConfig:
     """How a model is trained, or adapted to block diffusion.
 
     `block_padding`, `complementary`, `first_token_context` and `ar_loss_weight` are the objective's switches
-    (Fast-dLLM v2, table 2, and beyond).
+    (Fast-dLLM v2, table 2, and beyond). `draft_tokens`, `anchors` and `gamma` belong to causal context.
     """
 
     mode: Objective = setting("diffusion", help="'diffusion' adapts; 'autoregressive' trains as before.")
+    context: Context = setting(
+        "block", help="'causal': only masks see what is trained, and draft for the model, which stays as it is."
+    )
     steps: int = setting(1000, help="Optimisation steps.")
     batch_size: int = setting(32, help="Rows per step, over all processes.")
     micro_batch_size: int = setting(32, help="Rows per forward and process.")
@@ -36,6 +40,9 @@ class TrainConfig:
         "noisy", help="What predicts a block's first token: the 'noisy' block before it (published), or 'clean'."
     )
     ar_loss_weight: float = setting(0.0, help="Weight of an autoregressive loss beside, which keeps the AR mode alive.")
+    draft_tokens: int = setting(3, help="Causal context: masks behind an anchor, all filled at once.")
+    anchors: int = setting(64, help="Causal context: at most so many places of a row, drawn anew in every epoch.")
+    gamma: float = setting(0.85, help="Causal context: how much less every further draft of a block counts.")
     optimizer: Optimizer = setting("adamw", help="'adamw', or 'muon' for the hidden matrices.")
     lr: float = setting(1e-4, help="AdamW's learning rate.")
     muon_lr: float = setting(5e-3, help="Muon's learning rate.")
@@ -55,11 +62,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, Objective)
+        require_choice("context", self.context, Context)
         require_choice("optimizer", self.optimizer, Optimizer)
         require_choice("schedule", self.schedule, Schedule)
         require_choice("first_token_context", self.first_token_context, FirstTokenContext)
         require_at_least(
-            self, 1, "steps", "batch_size", "micro_batch_size", "context_length", "block_size", "log_every"
+            self, 1, "steps", "batch_size", "micro_batch_size", "context_length", "block_size", "log_every",
+            "draft_tokens", "anchors",
         )  # fmt: skip
         require(self.keep_checkpoints >= 2, "keep_checkpoints", self.keep_checkpoints, "use at least 2: one is whole")
         require(
@@ -79,8 +88,19 @@ class TrainConfig:
         if self.ar_loss_weight:
             remedy = "the autoregressive loss needs complementary=True, which learns every token"
             require(self.complementary, "ar_loss_weight", self.ar_loss_weight, remedy)
+        if self.context == "causal":
+            self._require_causal()
         if self.fsdp:
             require(self.optimizer == "adamw", "fsdp", self.fsdp, "Muon needs whole matrices; use optimizer='adamw'")
+
+    def _require_causal(self) -> None:
+        require(0 < self.gamma <= 1, "gamma", self.gamma, "use a value in (0, 1]")
+        require(self.mode == "diffusion", "mode", self.mode, "context='causal' needs mode='diffusion'")
+        remedy = "Muon trains the model's own matrices, which stay as they are in causal context; use 'adamw'"
+        require(self.optimizer == "adamw", "optimizer", self.optimizer, remedy)
+        for name in ("ar_loss_weight", "block_padding", "complementary", "first_token_context"):
+            value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default
+            require(value == default, name, value, "it belongs to block context; leave it out with context='causal'")
 
 
 @dataclass(frozen=True)
@@ -99,9 +119,12 @@ class AdaptConfig(TrainConfig):
     too_long: TooLong = setting("drop", help="Samples longer than the context: 'drop', 'truncate' or 'refuse'.")
     streaming: bool = setting(False, help="Fetch only what max_samples needs of a hub dataset.")
     data_workers: int = setting(1, help="Processes that tokenize.")
-    lora_rank: int = setting(0, help="Train a LoRA adapter of this rank on all linear layers; 0: all weights.")
+    lora_rank: int = setting(0, help="Train a LoRA adapter of this rank; 0: all weights.")
     lora_alpha: int = setting(32, help="LoRA's scale.")
     lora_dropout: float = setting(0.0, help="LoRA's dropout.")
+    lora_targets: tuple[str, ...] = setting(
+        (), help="Names of the layers that get LoRA, such as o_proj (repeatable). Default: all linear layers."
+    )
     check_every: int = setting(0, help="Steps between checks on held-out prompts; 0: none.")
     check_samples: int = setting(16, help="How many prompts a check answers.")
 
@@ -112,3 +135,8 @@ class AdaptConfig(TrainConfig):
         require_choice("too_long", self.too_long, TooLong)
         require_at_least(self, 1, "max_samples", "data_workers", "check_samples")
         require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "use 0 (no LoRA) or more")
+        if self.context == "causal":
+            remedy = "context='causal' trains an adapter beside the model, say of rank 32"
+            require(self.lora_rank > 0, "lora_rank", self.lora_rank, remedy)
+            remedy = "drafts are trained without dropout; leave it out with context='causal'"
+            require(self.lora_dropout == 0, "lora_dropout", self.lora_dropout, remedy)

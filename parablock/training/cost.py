@@ -21,7 +21,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """`row_tokens` enter the model as data, `forward_tokens` run through it (clean and noisy units together)."""
+    """`row_tokens` enter the model as data, `forward_tokens` run through it (clean, and noisy units or masks)."""
 
     row_tokens: float
     forward_tokens: float
@@ -38,24 +38,31 @@ def estimate(shape: Shape, config: TrainConfig, *, learned_share: float, fill: f
 
     Every token runs once clean; a response token also in two noisy copies, or in one without the complementary view.
     The head runs at learned positions only. Backward costs twice the forward (once, where the weights are frozen),
-    gradient checkpointing one forward more.
+    gradient checkpointing one forward more. In causal context the clean tokens run forward alone, and the masks behind
+    the anchors forward and backward.
     Training state: weights, gradients and two moments in float32 (16 bytes a parameter); frozen weights in bf16.
     """
     rows = config.batch_size * config.steps
     row_tokens = rows * config.context_length * fill
-    copies = {"autoregressive": 0, "diffusion": 2 if config.complementary else 1}[config.mode]
-    forward_tokens = row_tokens * (1 + copies * learned_share + (config.ar_loss_weight > 0))
+    learned = row_tokens * learned_share
+    if config.context == "causal":
+        masks = config.draft_tokens * min(learned, rows * config.anchors)
+        once, often, learned = row_tokens, masks, masks
+    else:
+        copies = {"autoregressive": 0, "diffusion": 2 if config.complementary else 1}[config.mode]
+        once, often = 0.0, row_tokens * (1 + copies * learned_share + (config.ar_loss_weight > 0))
+        learned *= 1 if config.complementary else 0.5
     head = shape.vocabulary * shape.hidden
     body = shape.parameters - head
     passes = (3 if shape.trainable is None else 2) + config.gradient_checkpointing
     attention = 2 * shape.layers * shape.hidden * config.context_length / 2  # q k and weights v over half the row
-    learned = row_tokens * learned_share * (1 if config.complementary else 0.5)
-    flops = passes * 2 * (forward_tokens * (body + attention) + learned * head)
+    flops = 2 * ((once + passes * often) * (body + attention) + passes * learned * head)
 
     trainable = shape.parameters if shape.trainable is None else shape.trainable
     state = 16 * trainable + (0 if shape.trainable is None else 2 * shape.parameters)
-    tokens = forward_tokens / rows * config.micro_batch_size
+    tokens = often / rows * config.micro_batch_size
     kept = 2 if config.gradient_checkpointing else 34  # bytes per token, layer and hidden unit
     activations = tokens * shape.hidden * (kept * shape.layers + 34)
+    known = 4 * once / rows * config.micro_batch_size * shape.hidden * shape.layers  # K and V of the clean tokens
     logits = 3 * 4 * min(2**26, tokens * shape.vocabulary)
-    return Cost(row_tokens, forward_tokens, flops, (state + activations + logits) / 1e9)
+    return Cost(row_tokens, once + often, flops, (state + activations + known + logits) / 1e9)

@@ -65,7 +65,7 @@ class Guards(TrainerCallback):
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
         if control.should_save:
-            finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+            finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad)
             if _any_process(not finite, args.device):
                 raise ValueError(self._lost(f"the weights are no longer finite after step {state.global_step}"))
         return control

@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from parablock.data.chat import Sample
+from parablock.diffusion.drafting import draft_loss
+from parablock.diffusion.gate import gate_of
 from parablock.diffusion.objective import Attention, autoregressive_loss, diffusion_loss
 from parablock.diffusion.support import attention as using_attention
-from parablock.settings import Model
+from parablock.settings import Model, require
 from parablock.training.config import TrainConfig
+from parablock.training.gate_trainer import GateTrainer
 from parablock.training.guards import Guards, TrainingStoppedError, checkpoints, last_good, remove_broken
 from parablock.training.mask_token import prepare
 from parablock.training.optimizer import build_optimizer
@@ -52,6 +55,9 @@ def train(
 ) -> Model:
     """Train `model` in place on `samples`; returns it.
 
+    With `context="causal"` it is the gate attached to the model that learns (`draft_loss`), and nothing else; what
+    follows here of mask token and block size is of block context.
+
     With `mode="diffusion"` the model gets a mask token if it has none, and its config records both it and the block
     size (`prepare`), so that what is saved afterwards is a block-diffusion checkpoint. `lengths`: the samples' token
     counts, if known. `output_dir` receives the Trainer's own checkpoints (every `save_every` steps); with `resume`
@@ -60,15 +66,17 @@ def train(
     ...). SIGTERM ends the run after the step, with a checkpoint.
 
     Raises:
-        ValueError: no padding token, no samples, checkpoints in `output_dir` without `resume`, or a loss that
-            is no longer a number.
+        ValueError: no padding token, no samples, no gate for causal context or one for other drafts, checkpoints in
+            `output_dir` without `resume`, or a loss that is no longer a number.
         OSError: a checkpoint could not be written (a full disk); the message names the last good one.
         TrainingStoppedError: SIGTERM.
     """
     folder = Path(output_dir)
     if checkpoints(folder) and not resume:
         raise ValueError(f"{str(folder)!r} holds checkpoints; pass resume=True to continue, or name another folder")
-    if config.mode == "diffusion":
+    if config.context == "causal":
+        _require_gate(model, config)
+    elif config.mode == "diffusion":
         prepare(model, tokenizer, config.block_size)
     padding = padding_token(model, tokenizer, config)
     guards = Guards(model, folder)
@@ -83,7 +91,7 @@ def train(
         muon = build_optimizer(model, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
         common["optimizers"] = (muon, None)
     with _loss_as_forward(model, config, padding):
-        trainer = Trainer(**common)
+        trainer = (GateTrainer if config.context == "causal" else Trainer)(**common)
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             remove_broken(folder)
@@ -112,6 +120,14 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _require_gate(model: Model, config: TrainConfig) -> None:
+    gate = gate_of(model)
+    if gate is None:
+        raise ValueError("context='causal' trains a gate, and the model has none; attach(model, new_gate(model, ...))")
+    remedy = f"the model's gate fills {gate.draft_tokens} at once"
+    require(gate.draft_tokens == config.draft_tokens, "draft_tokens", config.draft_tokens, remedy)
+
+
 @contextmanager
 def _loss_as_forward(model: Model, config: TrainConfig, mask_token_id: int) -> Iterator[None]:
     """The loss in the place of the model's forward, while it trains.
@@ -123,28 +139,10 @@ def _loss_as_forward(model: Model, config: TrainConfig, mask_token_id: int) -> I
     own_forward = model.forward
     attention = _checkpointed_attention(model) if config.gradient_checkpointing else None
 
-    def forward(
-        *args: Any, labels: Tensor | None = None, noise_mask: Tensor | None = None, samples: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        if labels is None:
+    def forward(*args: Any, num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> Any:
+        if kwargs.get("labels") is None:
             return own_forward(*args, **kwargs)
-        rows: dict[str, Any] = {
-            "block_size": config.block_size, "samples": samples, "num_items": num_items_in_batch
-        }  # fmt: skip
-        loss: Any = 0.0
-        ar_loss_weight = config.ar_loss_weight
-        if config.mode == "diffusion":
-            assert noise_mask is not None
-            loss = diffusion_loss(
-                model, kwargs["input_ids"], labels, noise_mask, mask_token_id=mask_token_id, attention=attention,
-                first_token_context=config.first_token_context, **rows,
-            )  # fmt: skip
-        else:
-            ar_loss_weight = 1.0
-        if ar_loss_weight:
-            loss = loss + ar_loss_weight * autoregressive_loss(model, kwargs["input_ids"], labels, **rows)
-        return {"loss": loss}
+        return {"loss": _loss(model, config, kwargs, num_items_in_batch, mask_token_id, attention)}
 
     model.forward = forward
     try:
@@ -156,15 +154,38 @@ def _loss_as_forward(model: Model, config: TrainConfig, mask_token_id: int) -> I
             model.gradient_checkpointing_disable()
 
 
+def _loss(
+    model: Model, config: TrainConfig, batch: dict[str, Tensor], num_items: Tensor | int | None, mask_token_id: int,
+    attention: Attention | None,
+) -> Tensor:  # fmt: skip
+    """What the recipe minimises, of a batch as `collate` makes it."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    rows: dict[str, Any] = {
+        "block_size": config.block_size, "samples": batch.get("samples"), "num_items": num_items
+    }  # fmt: skip
+    if config.context == "causal":
+        return draft_loss(model, ids, labels, batch["anchors"], gamma=config.gamma, rerun_alike=True, **rows)
+    if config.mode == "autoregressive":
+        return autoregressive_loss(model, ids, labels, **rows)
+    loss = diffusion_loss(
+        model, ids, labels, batch["noise_mask"], mask_token_id=mask_token_id, attention=attention,
+        first_token_context=config.first_token_context, **rows,
+    )  # fmt: skip
+    if config.ar_loss_weight:
+        loss = loss + config.ar_loss_weight * autoregressive_loss(model, ids, labels, **rows)
+    return loss
+
+
 def _checkpointed_attention(model: Model) -> Attention:
     """Turn gradient checkpointing on; returns the attention to train with.
 
     The second pass over a layer runs long after the loss has given the model's own attention back: it takes the one
-    that was in use when the layer ran first.
+    that was in use when the layer ran first, and the masks that the gate saw then.
     """
 
     def passes() -> tuple[Any, Any]:
-        return nullcontext(), using_attention(model, model.config._attn_implementation)
+        gate = gate_of(model)
+        return nullcontext(), _again(model, model.config._attn_implementation, None if gate is None else gate.masked)
 
     # the name of transformers before 5.2x, where only one of the two exists
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -174,17 +195,30 @@ def _checkpointed_attention(model: Model) -> Attention:
     return "flex" if model._supports_flex_attn else "dense"
 
 
+@contextmanager
+def _again(model: Model, attention: str, masked: Tensor | None) -> Iterator[None]:
+    """A layer's second pass: the attention, and the masks for the gate, of the first."""
+    gate = gate_of(model)
+    with using_attention(model, attention):
+        if gate is not None:
+            gate.masked = masked
+        yield
+
+
 def padding_token(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
     """What fills a sample's last block.
 
     In block diffusion the mask token does (paper section 3.1): while an answer is decoded, what follows its end in the
-    block is masked, too. A padding token there would tell the model in training where the answer ends.
+    block is masked, too. A padding token there would tell the model in training where the answer ends. In causal
+    context nothing sees what follows an answer.
     """
-    if config.mode == "diffusion":
+    if config.mode == "diffusion" and config.context == "block":
         return int(model.config.mask_token_id)
-    if not isinstance(tokenizer.pad_token_id, int):
-        raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
-    return tokenizer.pad_token_id
+    known = [tokenizer.pad_token_id, *([tokenizer.eos_token_id] if config.context == "causal" else [])]
+    for token in known:
+        if isinstance(token, int):
+            return token
+    raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
 
 
 def _schedule(config: TrainConfig) -> dict[str, Any]:

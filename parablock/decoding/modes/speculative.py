@@ -20,7 +20,6 @@ from parablock.decoding.pace import choose_widths
 from parablock.decoding.rows import DRAFTERS, Rows
 from parablock.decoding.work import Mode, Placed, Work
 
-PAUSE = 4  # forwards that do not even look for guesses, after one in which none was worth a draft
 LATE, SLOW = 0.9, 0.98  # how much remains of what was known of a row's chance after one more guess, and of all rows'
 LATER = 0.8  # what a draft is worth that the next forward verifies, beside one that this forward does
 NEVER = np.iinfo(np.int64).max
@@ -60,8 +59,7 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     """
     pace, fixed_n = rows.pace, rows.fixed_R[which]
     pace.rows = len(which)
-    if pace.pause and not fixed_n.any():
-        pace.pause -= 1
+    if not fixed_n.any() and pace.rests(len(which)):
         return _nothing(rows, which)
     # how many positions may still be run: an answer's last token is not, nor is what has no place for its K/V
     room_n = rows.room_R[which] - 1 - rows.start_R[which]
@@ -141,9 +139,7 @@ def _work(rows: Rows, which: np.ndarray, chain: Chain, chosen_nC: np.ndarray) ->
     piece_m, column_m = runs.nonzero()
     begin_n = width_n.cumsum() - width_n
     query_m = np.arange(len(piece_m)) - begin_n[piece_m]
-    pace = rows.pace
-    pace.drafts = len(piece_m) > len(which)
-    pace.pause = 0 if pace.drafts else PAUSE
+    rows.pace.decided(len(which), drafts=len(piece_m) > len(which))
     outcome_m, place_m, position_m = np.full_like(piece_m, -1), np.zeros_like(piece_m), start_n[piece_m] + query_m
     placed, behind_m = None, (column_m > 0).nonzero()[0]
     if len(behind_m):
