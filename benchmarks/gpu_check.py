@@ -40,6 +40,7 @@ CONFIGS = {
         "threshold, whole blocks": {"sub_block_cache": False, "sub_block_size": 32},
         "factor": {"strategy": "factor"},
         "fixed": {"strategy": "fixed", "tokens_per_step": 2},
+        "verified": {"strategy": "verified"},
         "threshold, sampled": SAMPLED,
     }.items()
 }

@@ -20,7 +20,7 @@ from parablock.evals.word_problems import MAX_NEW_TOKENS, is_correct, test_probl
 FIGURES = """
 ## How it was made, and what it does
 
-Trained by `recipes/bundled/causal.yaml` on {learned} of the model's own answers: {steps} steps, {minutes:.0f} minutes on one core.
+Trained by `recipes/bundled/causal.yaml` on the model's own answers: {steps} steps, {minutes:.0f} minutes on one core.
 
 {count} fresh problems (seed {seed}), greedy, float32, `draft_tokens=7`:
 
@@ -56,8 +56,7 @@ def main() -> None:
     log = [json.loads(line) for line in (given.run / "log.jsonl").read_text().splitlines()]
     report = json.loads((given.run / "report.json").read_text())
     figures = FIGURES.format(
-        learned=f"{report.get('samples', 0):,}" if "samples" in report else "thousands", steps=log[-1]["step"],
-        minutes=report["seconds"] / 60, count=given.problems, seed=given.seed, ar=100 * right[0] / len(problems),
+        steps=log[-1]["step"], minutes=report["seconds"] / 60, count=given.problems, seed=given.seed, ar=100 * right[0] / len(problems),
         speculative=100 * right[1] / len(problems), per_forward=speculative.tokens_per_forward,
         others=sum(a != b for a, b in zip(ar.tokens, speculative.tokens, strict=True)),
     )  # fmt: skip

@@ -61,6 +61,21 @@ def autoregressive(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[
     return whole
 
 
+def verified(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[int]:
+    """One token at a time: causal inside the active block, whole blocks before it as of block diffusion (S2D2)."""
+    assert config.max_new_tokens is not None
+    D, mask_token = model.config.bd_size, model.config.mask_token_id
+    known: list[int | None] = list(ids)
+    end = len(ids) + config.max_new_tokens
+    while (whole := _whole(known, len(ids), end, config)) is None:
+        tokens = [t for t in known if t is not None]
+        attends = block_causal_mask(len(tokens), D)
+        active = len(tokens) // D * D  # a full block is committed: it sees itself in both directions
+        attends[active:] &= torch.ones_like(attends).tril()[active:]
+        known.append(_propose(_logits(model, tokens, attends)[-1], config, mask_token, len(tokens), 0)[1])
+    return whole
+
+
 def speculative(model: Any, ids: list[int], config: pb.DecodeConfig) -> tuple[list[int], int]:
     """A gate's masks make `config.draft_tokens` drafts, which the AR model verifies: answer and forwards.
 

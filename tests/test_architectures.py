@@ -173,6 +173,9 @@ def test_an_architecture_works(kind: str, tmp_path: Path) -> None:
         assert engine.generate([prompt, prompt[:7]], decode).tokens == [
             *tokens, *pb.generate(again, prompt[:7], decode).tokens
         ]  # fmt: skip
+        verified = replace(decode, strategy="verified")
+        tokens = [definitions.verified(again, prompt, verified)]
+        assert pb.generate(again, prompt, verified).tokens == engine.generate(prompt, verified).tokens == tokens
     rows = len(model.get_input_embeddings().weight)
     seen[kind] = (
         f"| `{kind.split()[0]}` | {example} | works | {'unused row' if rows == shape['vocab_size'] else 'new row'} |"

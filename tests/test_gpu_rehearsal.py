@@ -136,6 +136,18 @@ def test_captured_graphs(model: Any, there: Any, stand_in: StandIn, mode: Any) -
     assert len(engine.runner._graphs or ()) == 0
 
 
+@pytest.mark.parametrize("size", [pb.EngineConfig(max_rows=3), GRAPHS])
+def test_verified_drafts(model: Any, there: Any, stand_in: StandIn, size: pb.EngineConfig) -> None:
+    config = replace(BASE, mode="diffusion", strategy="verified", sub_block_size=8)
+    expected = pb.generate(model, FEW, config).tokens
+    assert pb.generate(there, FEW, config).tokens == expected
+    with pb.Engine(there, size) as engine:
+        stand_in.waits.clear()
+        assert engine.generate(FEW, config).tokens == expected
+        assert stand_in.waits.count("to the host") == engine.steps
+        assert empty(engine)
+
+
 @pytest.mark.parametrize("make", [lambda: windowed(13), capped, lambda: windowed(3, full_layers=0)])
 @pytest.mark.parametrize("mode", MODES)
 def test_layers_with_windows(stand_in: StandIn, make: Any, mode: Any) -> None:

@@ -67,8 +67,8 @@ class Settings:
 
     def _diffusion(self) -> dict[str, Any]:
         """Of the strategies' numbers only the one that counts."""
-        number = {"threshold": "threshold", "factor": "factor", "fixed": "tokens_per_step"}[self.strategy]
-        names = ("strategy", number, "sub_block_size", "sub_block_cache")
+        numbers = {"threshold": ["threshold"], "factor": ["factor"], "fixed": ["tokens_per_step"], "verified": []}
+        names = ("strategy", *numbers[self.strategy], "sub_block_size", "sub_block_cache")
         return {name: getattr(self, name) for name in names}
 
 
@@ -98,15 +98,9 @@ def controls(site: Site) -> list[Any]:
         visible=drafting,
     )  # fmt: skip
     drafts = gr.Slider(
-        0,
-        site.block_size - 1,
-        0,
-        step=1,
-        label="Draft tokens",
-        info="0: as many as pay.",
-        elem_id="drafts",
+        0, site.block_size - 1, 0, step=1, label="Draft tokens", info="0: as many as pay.", elem_id="drafts",
         visible=drafting,
-    )
+    )  # fmt: skip
     sure = gr.Slider(
         0, 0.99, default.draft_threshold, step=0.01, label="Draft threshold", info="Drafts likelier right than this.",
         visible=drafting,
@@ -121,7 +115,7 @@ def controls(site: Site) -> list[Any]:
     history = gr.Checkbox(site.history, label="Send earlier turns along", elem_id="history")
 
     def of_strategy(name: str) -> list[Any]:
-        return [gr.Slider(visible=name == kind) for kind in get_args(Strategy)]
+        return [gr.Slider(visible=name == kind) for kind in ("threshold", "factor", "fixed")]
 
     strategy.change(of_strategy, strategy, [threshold, factor, fixed], queue=False, show_progress="hidden")
     return [

@@ -67,7 +67,8 @@ class Checkpoint:
         if config.mode == "speculative" and adapted:
             raise ValueError(
                 f"mode='speculative': {self.name} was adapted to block diffusion: its tokens see their whole block, "
-                "and drafts are verified by an AR model; leave --mode out, or name the AR checkpoint it was made from"
+                "and drafts are verified by an AR model; leave --mode out (--strategy verified "
+                "verifies drafts in block diffusion), or name the AR checkpoint it was made from"
             )
         return config.mode or ("diffusion" if adapted else "autoregressive")
 

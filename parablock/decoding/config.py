@@ -8,7 +8,7 @@ from parablock.settings import require, require_at_least, require_choice, settin
 LEAST = 1e-6  # what is smaller vanishes when probabilities are computed in float32
 Mode = Literal["diffusion", "autoregressive", "speculative"]
 Drafter = Literal["masks", "lookup", "both"]
-Strategy = Literal["threshold", "factor", "fixed"]
+Strategy = Literal["threshold", "factor", "fixed", "verified"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class DecodeConfig:
     block_size: int | None = setting(None, help="Tokens decoded together. Default: the checkpoint's own.")
     sub_block_size: int = setting(8, help="A block is revealed in parts of this many tokens, left to right.")
     strategy: Strategy = setting(
-        "threshold", help="Which positions to reveal: 'threshold', 'factor' or 'fixed' (the most confident ones)."
+        "threshold",
+        help="Which positions to reveal: 'threshold', 'factor' or 'fixed' (the most confident ones); or 'verified': "
+        "those that a causal pass through the block confirms.",
     )
     threshold: float = setting(0.9, help="Reveal positions whose confidence is above this [0, 1].")
     factor: float = setting(1.0, help="For 'factor': larger reveals more.")
@@ -83,6 +85,11 @@ class DecodeConfig:
         require(whole, "seed", self.seed, "use a whole number of at most 63 bits")
         if self.block_size is not None:
             self.check_sub_block(self.block_size)
+
+    @property
+    def verified(self) -> bool:
+        """Block diffusion whose drafts are verified, once the mode is known."""
+        return self.mode == "diffusion" and self.strategy == "verified"
 
     def check_sub_block(self, block_size: int) -> None:
         """ValueError unless `block_size` is a whole number of sub-blocks."""

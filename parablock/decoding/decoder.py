@@ -14,18 +14,22 @@ from parablock.decoding.config import DecodeConfig
 from parablock.decoding.modes.autoregressive import AUTOREGRESSIVE
 from parablock.decoding.modes.block_diffusion import BLOCK_DIFFUSION
 from parablock.decoding.modes.speculative import SPECULATIVE
+from parablock.decoding.modes.verified import VERIFIED
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import Settled, Work
 
-MODES = {"diffusion": BLOCK_DIFFUSION, "autoregressive": AUTOREGRESSIVE, "speculative": SPECULATIVE}
+MODES = {
+    "diffusion": BLOCK_DIFFUSION, "verified": VERIFIED, "autoregressive": AUTOREGRESSIVE, "speculative": SPECULATIVE
+}  # fmt: skip
 NUMBERS = {name: number for number, name in enumerate(MODES)}
 
 
 def begin(rows: Rows, row: int, prompt: Sequence[int] | np.ndarray, config: DecodeConfig, sample: int = 0) -> None:
     """A request begins in `row` (see `Rows.begin`)."""
     assert config.mode is not None
-    grain = 1 if MODES[config.mode].causal else rows.block_size
-    rows.begin(row, prompt, config, sample, NUMBERS[config.mode], grain)
+    name = "verified" if config.verified else config.mode
+    grain = 1 if MODES[name].causal else rows.block_size
+    rows.begin(row, prompt, config, sample, NUMBERS[name], grain)
 
 
 def next_work(rows: Rows, which: np.ndarray, beside: int = 0) -> list[Work]:

@@ -34,8 +34,8 @@ class GenerateOutput:
     `tokens`: the new token ids of each row, prompt excluded, stop token included. `forwards`: model calls made (NFE),
     prefill and commits included. `decode_forwards`: the decode forwards each row took part in, prefill excluded.
     `seconds`: wall-clock time, prefill included. `drafted`, `accepted`: how many tokens of each row were drafted, and
-    how many of these became tokens of the answer (0 unless `mode="speculative"`); `drafted_by`, `accepted_by`: the same
-    of all rows, by drafter.
+    how many of these became tokens of the answer (0 unless they are verified); `drafted_by`, `accepted_by`: the same of
+    all rows, by drafter.
     """
 
     tokens: list[list[int]]
@@ -153,7 +153,7 @@ def _decode(
     D = config.block_size or DEFAULT_BLOCK_SIZE
     capacity = -(-(max(map(len, prompts)) + config.max_new_tokens) // D) * D
     gate = gate_of(model)
-    if gate is not None and config.mode == "speculative":
+    if config.verified or (gate is not None and config.mode == "speculative"):
         capacity += D  # for the K/V of masks
     rows = Rows(len(prompts), capacity, D, gate)
     rows.pace.padded = len(prompts)
@@ -225,7 +225,8 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
     if mode == "speculative" and adapted:
         raise ValueError(
             "mode='speculative': the checkpoint was adapted to block diffusion: its tokens see their whole block, and "
-            "drafts are verified by an AR model; use mode='diffusion' (or None), or the AR checkpoint it was made from"
+            "drafts are verified by an AR model; use strategy='verified', which verifies drafts in block "
+            "diffusion, mode='diffusion' (or None), or the AR checkpoint it was made from"
         )
     drafter = config.drafter
     if mode == "speculative":

@@ -60,8 +60,8 @@ class Rows:
         self.most_R = np.zeros(rows, dtype=whole)  # the most drafts of a forward; 0: the mode makes none
         self.fixed_R = np.zeros(rows, dtype=flag)  # always so many, if there are guesses; else as it pays
         # drafts of the forward before, to be verified: they stand behind the last known token
-        self.draft_RK = np.zeros((rows, MOST_MASKS), dtype=whole)
-        self.sure_RK = np.zeros((rows, MOST_MASKS), dtype=np.float64)  # their confidence; 0: there is none
+        self.draft_RK = np.zeros((rows, max(MOST_MASKS, block_size)), dtype=whole)
+        self.sure_RK = np.zeros(self.draft_RK.shape, dtype=np.float64)  # their confidence; 0: there is none
         self.masks_R = np.zeros(rows, dtype=whole)  # how many masks make a draft block; 0: no masks are used
         self.first_mask_R = np.zeros(rows, dtype=whole)  # the id of the first, and how many ids there are
         self.mask_kinds_R = np.ones(rows, dtype=whole)
@@ -109,9 +109,12 @@ class Rows:
         self.start_R[row] = self.length_R[row] = self.forwards_R[row] = 0
         self.drafted_RS[row] = self.accepted_RS[row] = 0
         self.ahead_R[row] = self.most_R[row] = self.masks_R[row] = self.alike_R[row] = 0
+        self.sure_RK[row] = 0
         self.room_R[row] = self.ids_RC.shape[1]
         if config.mode == "speculative":
             self._begin_drafting(row, config)
+        elif config.verified:
+            self.masks_R[row] = config.sub_block_size
         self.written_R[row] = False
         self.stop_R[row] = FAR
         self.active_R[row] = True
@@ -119,7 +122,7 @@ class Rows:
     def _begin_drafting(self, row: int, config: DecodeConfig) -> None:
         most = min(config.draft_tokens or MOST_DRAFTS, self.block_size - 1)
         self.most_R[row], self.fixed_R[row] = most, config.draft_tokens is not None
-        self.looks_R[row], self.sure_RK[row], self.chance_R[row] = config.drafter != "masks", 0, self.pace.chance
+        self.looks_R[row], self.chance_R[row] = config.drafter != "masks", self.pace.chance
         # all slots lie in the block of the last known token and the next one
         self.ahead_R[row] = most
         if self.gate is not None and config.drafter != "lookup":

@@ -15,7 +15,7 @@ from parablock.decoding.rows import Rows
 
 @dataclass(frozen=True)
 class Placed:
-    """Queries that do not stand one behind the other: masks beside known tokens. Their K/V are not kept.
+    """Queries that do not stand one behind the other, or do not all see alike: drafts and masks beside known tokens.
 
     The K/V of a piece lie one behind the other all the same, from its first position on: in *slots*. Query q is the
     token `ids_q` at `position_q`; it sees the slots below `limit_q`, and those from `own_q` to below `end_q`.

@@ -80,17 +80,18 @@ class Batch:
         last_R = np.minimum(last_R, rows.ids_RC.shape[1] - 1)
         wanting = (rows.active_R & (rows.start_R >= rows.prefill_R) & (rows.room_R <= last_R)).nonzero()[0]
         for row in sorted(wanting, key=lambda row: rows.order_R[row]):
-            block = int(rows.room_R[row]) // self.block_size
-            after = int(self.table_RP[row, block - 1])
-            needed = rows.room_R[row] <= rows.start_R[row]
-            while rows.active_R[row]:
+            while rows.active_R[row] and rows.room_R[row] <= last_R[row]:
+                block = int(rows.room_R[row]) // self.block_size
+                after = int(self.table_RP[row, block - 1])
+                needed = rows.room_R[row] <= rows.start_R[row]
                 # for drafts alone only where a page is left for every row
                 if page := self.pool.reserve([], 1, spare=0 if needed else len(self.active), after=after):
                     self.table_RP[row, block] = page[0]
                     rows.room_R[row] += self.block_size
-                if page or not needed:
+                elif needed:
+                    paused.append(self._pause(int(self.active[rows.order_R[self.active].argmax()])))
+                else:
                     break
-                paused.append(self._pause(int(self.active[rows.order_R[self.active].argmax()])))
         return paused
 
     def _pause(self, row: int) -> Handle:
