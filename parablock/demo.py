@@ -1,7 +1,8 @@
 """`parablock demo`: a small AR model becomes a block-diffusion model, and both answer the same questions.
 
 The story in order: measure the bundled AR model; adapt it live for a few minutes; compare, on fresh held-out problems,
-AR decoding, the live adaptation and the bundled adapted checkpoint; write the table, two plots and a JSON report.
+AR decoding, the same with drafts, the live adaptation and the bundled adapted checkpoint; write the table, two plots
+and a JSON report.
 """
 
 import copy
@@ -34,6 +35,7 @@ from parablock.training.config import TrainConfig
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 WIDER_SUB_BLOCKS = (16, 32)
 AUTOREGRESSIVE = DecodeConfig(mode="autoregressive", max_new_tokens=MAX_NEW_TOKENS)
+SPECULATIVE = DecodeConfig(mode="speculative", max_new_tokens=MAX_NEW_TOKENS)
 CHOSEN = 0.9  # the threshold of the paper
 LIVE_RECIPE = TrainConfig(  # small blocks are learned first: a few minutes show more of block size 8 than of 32
     batch_size=32, micro_batch_size=32, context_length=256, packing=False, block_size=8, optimizer="muon", lr=3e-3,
@@ -188,7 +190,8 @@ def contenders(
     with console.status("choosing each mode's fastest dtype"):
         best_ar = fastest(_dtypes(ar), AUTOREGRESSIVE, prompt)
         best = fastest(_dtypes(diffusion), _decode(CHOSEN), prompt)
-    decoders = [Contender("autoregressive", best_ar, AUTOREGRESSIVE)]
+        causal, _ = load("bundled-causal", dtype=best_ar.dtype)
+    decoders = [Contender("autoregressive", best_ar, AUTOREGRESSIVE), Contender("speculative", causal, SPECULATIVE)]
     if live is not None:
         model = live.model.to(best.dtype)
         decoders.append(Contender(f"live, {live.steps} steps, block {LIVE_RECIPE.block_size}", model, _decode(CHOSEN)))
@@ -217,7 +220,7 @@ def print_table(results: Sequence[Result], console: Console) -> None:
     """The comparison as people read it."""
     table = Table(title="the same problems, one at a time", title_justify="left")
     table.add_column("decoder, threshold (sub-block 8)")
-    for column in ("accuracy", "tokens/s", "tokens/forward", "speed-up"):
+    for column in ("accuracy", "tokens/s", "tokens/forward", "speed-up", "AR's words"):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
@@ -226,6 +229,7 @@ def print_table(results: Sequence[Result], console: Console) -> None:
             f"{r.tokens_per_second:.0f}",
             f"{r.tokens_per_forward:.2f}",
             f"{r.speed_up:.2f}x",
+            f"{100 * r.same_answers:.0f} %",
         )
     console.print(table)
     best = {r.name.split(",")[0]: r.dtype for r in results}
@@ -233,7 +237,12 @@ def print_table(results: Sequence[Result], console: Console) -> None:
 
 
 def _print_end(results: Sequence[Result], folder: Path, report: Path, config: DemoConfig, console: Console) -> None:
-    ar, chosen = results[0], next(r for r in results if r.name == name_of(CHOSEN))
+    ar, speculative, chosen = results[0], results[1], next(r for r in results if r.name == name_of(CHOSEN))
+    console.print(
+        f"Speculative decoding is [bold]{speculative.speed_up:.1f}x[/] as fast as AR decoding; "
+        f"{round(speculative.same_answers * speculative.problems)} of {speculative.problems} answers are the same, token "
+        "for token."
+    )
     console.print(
         f"Block diffusion at threshold {CHOSEN} is [bold]{chosen.speed_up:.1f}x[/] as fast as AR decoding, at "
         f"{100 * chosen.accuracy:.1f} % against {100 * ar.accuracy:.1f} % solved."

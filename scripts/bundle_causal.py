@@ -56,8 +56,9 @@ def main() -> None:
     log = [json.loads(line) for line in (given.run / "log.jsonl").read_text().splitlines()]
     report = json.loads((given.run / "report.json").read_text())
     figures = FIGURES.format(
-        steps=log[-1]["step"], minutes=report["seconds"] / 60, count=given.problems, seed=given.seed, ar=100 * right[0] / len(problems),
-        speculative=100 * right[1] / len(problems), per_forward=speculative.tokens_per_forward,
+        steps=log[-1]["step"], minutes=report["seconds"] / 60, count=given.problems, seed=given.seed,
+        ar=100 * right[0] / len(problems), speculative=100 * right[1] / len(problems),
+        per_forward=speculative.tokens_per_forward,
         others=sum(a != b for a, b in zip(ar.tokens, speculative.tokens, strict=True)),
     )  # fmt: skip
     card = target / "README.md"

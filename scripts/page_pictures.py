@@ -24,23 +24,6 @@ PHONE = {"width": 390, "height": 844}
 LARGEST_GIF = 1_500_000
 
 
-def causal_model(folder: Path) -> str:
-    """The checkpoint with a causal adapter, as seen from `folder`: of the bundled AR model, and nobody trained it."""
-    import torch
-
-    import parablock as pb
-    from parablock.diffusion.gate import attach, new_gate
-
-    model, tokenizer = pb.load("bundled-ar")
-    gate = new_gate(model, draft_tokens=4, rank=4, alpha=8.0)
-    generator = torch.Generator().manual_seed(1)
-    for lora in gate.loras:
-        lora.up.data.normal_(0, 0.1, generator=generator)
-    attach(model, gate)
-    pb.save(model, tokenizer, folder / "causal-adapter")
-    return "causal-adapter"
-
-
 def start(model: str, folder: Path) -> tuple[subprocess.Popen[str], str]:
     """The page of a model, as seen from `folder`, on a free port."""
     with socket.socket() as probe:
@@ -159,7 +142,7 @@ def main() -> None:
         folder = Path(name)
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for model, take in (("bundled", blocks), (causal_model(folder), drafts)):
+        for model, take in (("bundled", blocks), ("bundled-causal", drafts)):
             process, url = start(model, folder)
             try:
                 take(browser, url)

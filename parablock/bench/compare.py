@@ -32,6 +32,7 @@ class Result:
 
     `tokens_per_second`: response tokens over seconds, prefill included, ratio of sums (tps per request). `speed_up`:
     median over problems of (first contender's seconds per token / this one's), with its quartiles in `speed_up_range`.
+    `same_answers`: the share of answers that are the first contender's, token for token.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Result:
     milliseconds_per_forward: float
     speed_up: float
     speed_up_range: tuple[float, float]
+    same_answers: float
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -99,6 +101,7 @@ def _result(
         milliseconds_per_forward=1000 * seconds / sum(o.forwards for o in outputs),
         speed_up=statistics.median(ratios),
         speed_up_range=(quartiles[0], quartiles[2]),
+        same_answers=statistics.mean(o.tokens == b.tokens for o, b in zip(outputs, baseline, strict=True)),
     )
 
 
