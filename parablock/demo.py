@@ -238,10 +238,10 @@ def print_table(results: Sequence[Result], console: Console) -> None:
 
 def _print_end(results: Sequence[Result], folder: Path, report: Path, config: DemoConfig, console: Console) -> None:
     ar, speculative, chosen = results[0], results[1], next(r for r in results if r.name == name_of(CHOSEN))
+    same = round(speculative.same_answers * speculative.problems)
     console.print(
-        f"Speculative decoding is [bold]{speculative.speed_up:.1f}x[/] as fast as AR decoding; "
-        f"{round(speculative.same_answers * speculative.problems)} of {speculative.problems} answers are the same, token "
-        "for token."
+        f"Speculative decoding is [bold]{speculative.speed_up:.1f}x[/] as fast as AR decoding, with the same answers: "
+        f"{same} of {speculative.problems}, token for token."
     )
     console.print(
         f"Block diffusion at threshold {CHOSEN} is [bold]{chosen.speed_up:.1f}x[/] as fast as AR decoding, at "

@@ -1,9 +1,9 @@
 """Problems of the bundled task, for the bundled AR model to answer: what its causal adapter learns from.
 
 python scripts/bundled_problems.py runs/bundled/problems.jsonl
-parablock batch runs/bundled/problems.jsonl --model bundled-ar --output runs/bundled/answers.jsonl
+parablock batch runs/bundled/problems.jsonl --model bundled-ar --max-new-tokens 96 --output runs/bundled/answers.jsonl
 parablock adapt --recipe recipes/bundled/causal.yaml --output runs/bundled/causal
-python scripts/bundle_model.py --causal runs/bundled/causal
+python scripts/bundle_causal.py runs/bundled/causal
 """
 
 import argparse

@@ -19,8 +19,9 @@ SHAPES = {  # from the checkpoints' config.json; LoRA of the recipes' rank on al
     "Qwen/Qwen2.5-1.5B-Instruct": Shape(1.544e9, 28, 1536, 151936),
     "Qwen/Qwen2.5-7B-Instruct": Shape(7.616e9, 28, 3584, 152064),
     "runs/bundled": Shape(1.25e6, 6, 128, 640),
+    "bundled-ar": Shape(1.25e6, 6, 128, 640),
 }
-LORA = {"HuggingFaceTB/SmolLM2-135M-Instruct": 9.8e6, "Qwen/Qwen2.5-7B-Instruct": 40.4e6}
+LORA = {"HuggingFaceTB/SmolLM2-135M-Instruct": 9.8e6, "Qwen/Qwen2.5-7B-Instruct": 40.4e6, "bundled-ar": 0.47e6}
 
 
 def with_cost(path: Path) -> str:

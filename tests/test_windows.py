@@ -157,7 +157,7 @@ def test_a_group_looks_at_what_its_queries_see_and_at_little_more(drawn: Any) ->
     table = np.random.default_rng(0).permutation(np.arange(1, 16 * n + 1)).reshape(n, 16)
     pages = int((first_n + W - 1).max()) // size + 1
     group = Group(np.arange(n), first_n, np.full(n, grain), W, pages)
-    shape, (looked, limit, low) = look(group, table, size, window, in_place=in_place)
+    shape, (looked, limit, low, _) = look(group, table, size, window, in_place=in_place)
     if window:
         assert shape.pages <= -(-(window + W - 1) // size) + 1
     for row in range(n):

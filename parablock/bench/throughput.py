@@ -225,8 +225,10 @@ def table(rows: list[dict[str, Any]], *, ranges: bool = True) -> list[list[str]]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table, for a document."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *table(rows)]
+    """The table, for a document; columns that say nothing are left out."""
+    columns = [column for column in zip(COLUMNS, *table(rows), strict=True) if any(column[1:])]
+    head, *body = zip(*columns, strict=True)
+    lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
