@@ -16,7 +16,10 @@ from test_speculative import ALIKE, SAMPLED
 from test_windows import capped, windowed
 
 import parablock as pb
-from parablock.diffusion.gate import attach, new_gate
+from parablock.decoding.decoder import begin, next_work
+from parablock.decoding.rows import Rows
+from parablock.decoding.work import settle
+from parablock.diffusion.gate import attach, gate_of, new_gate
 
 SPECULATIVE = replace(BASE, mode="speculative", stop_token_ids=())
 AR = replace(SPECULATIVE, mode="autoregressive")
@@ -141,3 +144,37 @@ def test_bad_combinations_name_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"draft_threshold=1\.5"):
         replace(SPECULATIVE, draft_threshold=1.5)
     assert np.isfinite(pb.generate(model, ROWS[0], replace(SPECULATIVE, max_new_tokens=1)).seconds)
+
+
+def test_what_is_hoped_of_later_masks_is_never_more_than_of_earlier_ones() -> None:
+    """Masks of a block are run from its first on, whatever was seen of each lately."""
+    model = MODELS["full"]
+    rows, gate = 4, gate_of(model)
+    state = Rows(rows, 96, 16, gate)
+    which = np.arange(rows)
+    for row in which:
+        begin(state, row, ROWS[0], replace(SPECULATIVE, drafter="masks", max_new_tokens=60, seed=1))
+        state.reveal(np.array([row]), np.array([len(ROWS[0])]), np.array([5]))
+        state.start_R[row] = len(ROWS[0])
+    state.hope_RK[:] = np.random.default_rng(0).random(state.hope_RK.shape)
+    state.pace.seconds = lambda tokens, drafts: np.ones(np.shape(tokens))  # type: ignore[method-assign]
+    for _ in range(8):
+        (work,) = next_work(state, which)
+        asked = work.settle.keywords["asked"]  # type: ignore[attr-defined]
+        for piece in range(rows):
+            for outcome in range(8):
+                places = asked.place_m[(work.piece_m == piece) & (asked.outcome_m == outcome)].tolist()
+                assert places == list(range(len(places)))
+        settle(state, [work], np.full(len(work.piece_m), 9), np.full(len(work.piece_m), 0.8, dtype=np.float32))
+
+
+def test_a_block_of_one_token_has_no_room_for_drafts() -> None:
+    with pb.Engine(MODELS["full"], pb.EngineConfig(block_size=1)) as engine:
+        out = engine.generate(ROWS[:2], replace(SPECULATIVE, max_new_tokens=5))
+    assert out.tokens == pb.generate(MODELS["full"], ROWS[:2], replace(AR, max_new_tokens=5)).tokens
+    assert out.drafted == [0, 0]
+
+
+def test_a_gate_has_as_many_masks_as_fit() -> None:
+    with pytest.raises(ValueError, match="draft_tokens=16 is out of range; use 1 to 15"):
+        gated(ar_model(), masks=16)

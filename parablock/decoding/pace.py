@@ -8,11 +8,12 @@ from collections import deque
 
 import numpy as np
 
+from parablock.diffusion.config import MOST_MASKS
+
 WIDTHS_W1 = np.array([[2], [4], [8], [16], [32]])  # with the token before the drafts; few, so that pieces stay alike
 SURE = 1.05  # so much faster must drafting seem: what is known of it is never exact
 FLAT = 32  # until it is measured: a forward of so many tokens takes twice as long as one of a single token
 RECENT = 15  # forwards of a kind that count: their median, so that a slow one changes nothing
-MOST_MASKS = 15  # of a draft block
 HOPE = 0.6  # that a mask's draft is right, until it is measured
 PAUSES = 4, 16  # forwards in which drafts are not thought of after one in which none paid: the more, the more rows
 LIFETIME = 512  # forwards after which a kind that was not run meanwhile is as good as unknown

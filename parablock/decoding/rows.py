@@ -9,7 +9,8 @@ from typing import get_args
 import numpy as np
 
 from parablock.decoding.config import DecodeConfig, Strategy
-from parablock.decoding.pace import MOST_MASKS, Pace
+from parablock.decoding.pace import Pace
+from parablock.diffusion.config import MOST_MASKS
 from parablock.diffusion.gate import Gate
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

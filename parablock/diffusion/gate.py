@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parablock.settings import Model
+from parablock.diffusion.config import MOST_MASKS
+from parablock.settings import Model, require
 
 GATE = "draft_gate"  # the gate's name among the model's modules
 
@@ -115,6 +116,7 @@ def attach(model: Model, gate: Gate) -> None:
     Raises:
         ValueError: layers or sizes that the model does not have.
     """
+    require(1 <= gate.draft_tokens <= MOST_MASKS, "draft_tokens", gate.draft_tokens, f"use 1 to {MOST_MASKS}")
     layers = dict(model.named_modules())
     pairs = [(name, lora) for name, lora in zip(gate.targets, gate.loras, strict=True) if isinstance(lora, Lora)]
     for name, lora in pairs:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from parablock.diffusion.config import FirstTokenContext
+from parablock.diffusion.config import MOST_MASKS, FirstTokenContext
 from parablock.settings import inherited, require, require_at_least, require_choice, setting
 
 Objective = Literal["diffusion", "autoregressive"]
@@ -71,6 +71,8 @@ class TrainConfig:
             "draft_tokens", "anchors",
         )  # fmt: skip
         require(self.keep_checkpoints >= 2, "keep_checkpoints", self.keep_checkpoints, "use at least 2: one is whole")
+        most = f"use at most {MOST_MASKS}"
+        require(self.draft_tokens <= MOST_MASKS, "draft_tokens", self.draft_tokens, most)
         require(
             self.batch_size % self.micro_batch_size == 0,
             "micro_batch_size", self.micro_batch_size, f"use a divisor of batch_size={self.batch_size}",

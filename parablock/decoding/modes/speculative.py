@@ -59,7 +59,7 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     """
     pace, fixed_n = rows.pace, rows.fixed_R[which]
     pace.rows = len(which)
-    if not fixed_n.any() and pace.rests(len(which)):
+    if not rows.most_R[which].any() or (not fixed_n.any() and pace.rests(len(which))):
         return _nothing(rows, which)
     # how many positions may still be run: an answer's last token is not, nor is what has no place for its K/V
     room_n = rows.room_R[which] - 1 - rows.start_R[which]
@@ -122,8 +122,8 @@ def _values(rows: Rows, which: np.ndarray, chain: Chain, ahead_n: np.ndarray) ->
     outcome_nG = np.ones((len(which), worth_nL.shape[1] + 1))
     outcome_nG[:, 1:] = worth_nL
     outcome_nG[:, :-1] *= 1 - chain.sure_nL
-    place_k = np.arange(1, most + 1)
-    value_nGk = LATER * outcome_nG[:, :, None] * rows.hope_RK[which, None, :most]
+    place_k, hope_nk = np.arange(1, most + 1), np.minimum.accumulate(rows.hope_RK[which, :most], axis=1)
+    value_nGk = LATER * outcome_nG[:, :, None] * hope_nk[:, None]
     # what a mask predicts is a draft only where it can be run
     behind_Gk = np.arange(worth_nL.shape[1] + 1)[:, None] + place_k
     value_nGk *= (behind_Gk < ahead_n[:, None, None]) & (place_k <= masks_n[:, None, None])
