@@ -16,6 +16,7 @@ FLAT = 32  # until it is measured: a forward of so many tokens takes twice as lo
 RECENT = 15  # forwards of a kind that count: their median, so that a slow one changes nothing
 HOPE = 0.6  # that a mask's draft is right, until it is measured
 PAUSES = 4, 16  # forwards in which drafts are not thought of after one in which none paid: the more, the more rows
+LEAST, MOST = 0.01, 0.9  # what remains of a token that is still to be verified
 LIFETIME = 512  # forwards after which a kind that was not run meanwhile is as good as unknown
 
 
@@ -67,6 +68,13 @@ class Pace:
             self._recent[kind].append(seconds / (tokens + FLAT))
             self._latest[kind] = self._forwards
 
+    def later(self) -> float:
+        """What remains of a token that must still be verified: less, the more a forward takes for one token more."""
+        tokens = self.padded or self.rows
+        once, twice = self.seconds(np.array([tokens, 2 * tokens]) + self.beside, drafts=True)
+        alone = self.seconds(np.array([tokens]), drafts=True)[0]
+        return float(np.clip(1 - (twice - once) / alone, LEAST, MOST))
+
     def seconds(self, tokens: np.ndarray, drafts: bool) -> np.ndarray:
         """How long the planned forward takes with so many tokens in all."""
         seconds: np.ndarray = np.interp(np.log2(tokens), *self._ratios(drafts)) * (tokens + FLAT)
@@ -84,11 +92,14 @@ class Pace:
         return (sizes, [sorted(ratios[size])[len(ratios[size]) // 2] for size in sizes]) if sizes else ([0], [1.0])
 
 
-def choose_widths(pace: Pace, width_n: np.ndarray, value_kC: np.ndarray, most_k: np.ndarray) -> np.ndarray:
+def choose_widths(
+    pace: Pace, width_n: np.ndarray, value_kC: np.ndarray, most_k: np.ndarray, counted: float = 0.0
+) -> np.ndarray:
     """How many tokens each of some rows runs, so that the forward makes the most tokens per second.
 
     `width_n`: how many every row runs if these draft nothing. `value_kC`: what one more token of a row makes in the
-    mean, and one more ..., falling; `most_k`: how many it may run at most. All that draft have one width, if they can:
+    mean, and one more ..., falling; `most_k`: how many it may run at most; `counted`: of all that, what earlier
+    forwards were already credited with. All that draft have one width, if they can:
     the rows that gain the most by it, as many as pay. What runs beside is worth the time it takes.
     """
     width_k = np.ones_like(most_k)
@@ -102,7 +113,7 @@ def choose_widths(pace: Pace, width_n: np.ndarray, value_kC: np.ndarray, most_k:
     plain, whole = pace.seconds(np.array([tokens, tokens + pace.beside]), drafts=False)
     worth = len(width_n) * whole / plain
     tokens_Wk = tokens + pace.beside + (WIDTHS_W1 - 1) * (pace.padded or rows_k)
-    made_Wk = worth + np.take_along_axis(gain_Wk, order_Wk, 1).cumsum(1)
+    made_Wk = worth - counted + np.take_along_axis(gain_Wk, order_Wk, 1).cumsum(1)
     rate_Wk = made_Wk / np.maximum.accumulate(pace.seconds(tokens_Wk, drafts=True), axis=1)
     best, last = np.unravel_index(rate_Wk.argmax(), rate_Wk.shape)
     if rate_Wk[best, last] > SURE * worth / whole:

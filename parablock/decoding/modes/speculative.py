@@ -21,7 +21,6 @@ from parablock.decoding.rows import DRAFTERS, Rows
 from parablock.decoding.work import Mode, Placed, Work
 
 LATE, SLOW = 0.9, 0.98  # how much remains of what was known of a row's chance after one more guess, and of all rows'
-LATER = 0.8  # what a draft is worth that the next forward verifies, beside one that this forward does
 NEVER = np.iinfo(np.int64).max
 MASKS, LOOKUP = (DRAFTERS.index(name) for name in ("masks", "lookup"))
 
@@ -64,8 +63,8 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     # how many positions may still be run: an answer's last token is not, nor is what has no place for its K/V
     room_n = rows.room_R[which] - 1 - rows.start_R[which]
     ahead_n = np.minimum(rows.end_R[which] - 2 - rows.start_R[which], room_n)
-    chain = _chain(rows, which, ahead_n)
-    value_nC = _values(rows, which, chain, ahead_n)
+    chain, later = _chain(rows, which, ahead_n), pace.later()
+    value_nC = _values(rows, which, chain, ahead_n, later)
     if not value_nC.any():
         return _nothing(rows, which) if not chain.found_n.any() else _work(rows, which, chain, value_nC > 0)
     rank_nC = np.argsort(-value_nC, axis=1, kind="stable").argsort(axis=1, kind="stable")
@@ -73,7 +72,10 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     width_n = 1 + most_n * fixed_n
     open_n = ((most_n > 0) & ~fixed_n).nonzero()[0]
     if len(open_n):
-        width_n[open_n] = choose_widths(pace, width_n, -np.sort(-value_nC[open_n], axis=1), most_n[open_n])
+        # what was hoped of these drafts has been counted, when their masks ran
+        counted = later * float(chain.sure_nL[chain.source_n == MASKS].cumprod(1).sum())
+        value_kC = -np.sort(-value_nC[open_n], axis=1)
+        width_n[open_n] = choose_widths(pace, width_n, value_kC, most_n[open_n], counted)
     return _work(rows, which, chain, rank_nC < (width_n - 1)[:, None])
 
 
@@ -108,11 +110,12 @@ def _chain(rows: Rows, which: np.ndarray, ahead_n: np.ndarray) -> Chain:
     return Chain(ids_nL, sure_nL, source_n, looked_nM, found_n)
 
 
-def _values(rows: Rows, which: np.ndarray, chain: Chain, ahead_n: np.ndarray) -> np.ndarray:
+def _values(rows: Rows, which: np.ndarray, chain: Chain, ahead_n: np.ndarray, later: float) -> np.ndarray:
     """How many tokens each candidate will have made in the mean: the drafts, then every outcome's masks `[n, C]`.
 
-    A draft makes one if it and all before it are right; a mask, if its outcome comes and it and all before it are.
-    Of any chain or block the first are worth the most, and the drafts before an outcome more than its masks.
+    A draft makes one if it and all before it are right; a mask, if its outcome comes and it and all before it are, less
+    what it will take to verify that (`later`: what remains). Of any chain or block the first are worth the most, and
+    the drafts before an outcome more than its masks.
     """
     worth_nL = chain.sure_nL.cumprod(1)
     masks_n = rows.masks_R[which]
@@ -123,7 +126,7 @@ def _values(rows: Rows, which: np.ndarray, chain: Chain, ahead_n: np.ndarray) ->
     outcome_nG[:, 1:] = worth_nL
     outcome_nG[:, :-1] *= 1 - chain.sure_nL
     place_k, hope_nk = np.arange(1, most + 1), np.minimum.accumulate(rows.hope_RK[which, :most], axis=1)
-    value_nGk = LATER * outcome_nG[:, :, None] * hope_nk[:, None]
+    value_nGk = later * outcome_nG[:, :, None] * hope_nk[:, None]
     # what a mask predicts is a draft only where it can be run
     behind_Gk = np.arange(worth_nL.shape[1] + 1)[:, None] + place_k
     value_nGk *= (behind_Gk < ahead_n[:, None, None]) & (place_k <= masks_n[:, None, None])
