@@ -1,6 +1,9 @@
 """Verified block diffusion beside the threshold: accuracy and tokens per forward on the bundled task.
 
-    python benchmarks/verified.py
+    python benchmarks/verified.py bundled seed-0
+
+`seed-N` is a model of the ablation (`paper_training.train_model`), which is trained first if it is not there: short, and
+with an autoregressive loss beside. Each model writes `benchmarks/results/verified-MODEL.json`.
 
 For every sub-block size all of them answer the same fresh test problems; the sizes have problems of their own.
 Answers come from the engine on one thread. Errors: of an accuracy binomial, of a ratio the spread of 400 draws of the
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import options, questions, setting, write
+from paper_training import SEEDS, train_model
 
 import parablock as pb
 from parablock.data.word_problems import Problem
@@ -48,12 +52,21 @@ def measure(model: Any, tokenizer: Any, problems: list[Problem], config: pb.Deco
 
 
 def main() -> None:
-    args = options(__doc__, problems=300)
+    args = options(__doc__, ["bundled", *(f"seed-{seed}" for seed in SEEDS)], problems=300)
     torch.set_num_threads(1)
-    model, tokenizer = pb.load("bundled", device="cpu", dtype="float32")
+    for name in args.parts or ["bundled"]:
+        path = name if name == "bundled" else train_model(int(name.removeprefix("seed-")))
+        figures = compare(path, args.problems)
+        write(f"verified-{name}", {"setting": setting(args, name), "model": name, "figures": figures})
+
+
+
+def compare(path: Any, count: int) -> list[dict[str, Any]]:
+    """The contenders at every sub-block size."""
+    model, tokenizer = pb.load(path, device="cpu", dtype="float32")
     figures = []
     for place, size in enumerate(SUB_BLOCKS):
-        problems = test_problems(3000 + place, args.problems)
+        problems = test_problems(3000 + place, count)
         found = {
             name: measure(
                 model, tokenizer, problems,
@@ -63,10 +76,10 @@ def main() -> None:
         }  # fmt: skip
         first, *others = (figure.pop("answers") for figure in found.values())
         for name, answers in zip(list(found)[1:], others, strict=True):
-            found[name]["alike"] = round(sum(a == b for a, b in zip(first, answers, strict=True)) / args.problems, 4)
+            found[name]["alike"] = round(sum(a == b for a, b in zip(first, answers, strict=True)) / count, 4)
         figures.append({"sub_block_size": size, **found})
         print(figures[-1], flush=True)
-    write("verified", {"setting": setting(args), "model": "bundled", "figures": figures})
+    return figures
 
 
 if __name__ == "__main__":

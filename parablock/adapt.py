@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from parablock.checkpoints.load import load
+from parablock.checkpoints.look import look
 from parablock.checkpoints.save import save
 from parablock.data.chat import IGNORE, Sample
 from parablock.data.sources import Data, load_data
@@ -99,6 +100,10 @@ def _require_free(output: Path, may_hold_a_run: bool) -> None:
 
 def _load(config: AdaptConfig, console: Console) -> tuple[Model, Any]:
     """The model as it will be trained: with its mask token, LoRA or gate; frozen layers packed on a CPU."""
+    checkpoint = look(config.model)
+    if checkpoint.draft_tokens is not None and checkpoint.base is not None:
+        own = f"model={config.model!r} is a causal adapter, whose model stays as it is"
+        raise ValueError(f"{own}; adapt its base, {checkpoint.base.name}")
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # packed weights are not sharded
     if config.context == "causal":

@@ -13,10 +13,12 @@ import yaml
 from bundle_model import STAGES
 from processes import run, run_program, start
 from recipe_costs import with_cost
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import parablock as pb
+from parablock.adapt import adapt
 from parablock.checkpoints.look import BUNDLED, look
 from parablock.data.chat import IGNORE, encode_chat
 from parablock.data.formats import to_chat
@@ -24,6 +26,7 @@ from parablock.data.packing import pack
 from parablock.data.sources import load_data
 from parablock.data.word_problems import word_problem
 from parablock.diffusion.gate import gate_of
+from parablock.training.config import AdaptConfig
 from parablock.training.cost import Shape, estimate
 from parablock.training.recipe import make_config, read_recipe
 
@@ -323,3 +326,10 @@ def test_the_bundled_recipes_follow_each_other() -> None:
         before = f"{stage}/model"
     used = sorted((int(s["data"].split(":")[1]), s["max_samples"]) for s in stages.values())
     assert all(first + count <= start for (first, count), (start, _) in itertools.pairwise(used))  # fresh problems each
+
+
+@pytest.mark.parametrize("context", ["block", "causal"])
+def test_what_drafts_already_is_not_adapted_once_more(context: Any) -> None:
+    config = AdaptConfig(model="bundled-causal", data="word-problems", context=context, lora_rank=8)
+    with pytest.raises(ValueError, match=r"'bundled-causal' is a causal adapter.*adapt its base, bundled-ar"):
+        adapt(config, Path("nowhere"), Console(quiet=True), dry_run=True)
