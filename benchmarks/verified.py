@@ -2,8 +2,8 @@
 
     python benchmarks/verified.py bundled seed-0
 
-`seed-N` is a model of the ablation (`paper_training.train_model`), which is trained first if it is not there: short, and
-with an autoregressive loss beside. Each model writes `benchmarks/results/verified-MODEL.json`.
+`seed-N` is a model of the ablation (`paper_training.train_model`), which is trained if it is not there: not for long,
+and with an autoregressive loss beside. Each model writes `benchmarks/results/verified-MODEL.json`.
 
 For every sub-block size all of them answer the same fresh test problems; the sizes have problems of their own.
 Answers come from the engine on one thread. Errors: of an accuracy binomial, of a ratio the spread of 400 draws of the

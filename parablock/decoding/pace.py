@@ -11,7 +11,7 @@ import numpy as np
 from parablock.diffusion.config import MOST_MASKS
 
 WIDTHS_W1 = np.array([[2], [4], [8], [16], [32]])  # with the token before the drafts; few, so that pieces stay alike
-SURE = 1.05  # so much faster must drafting seem: what is known of it is never exact
+SURE = 1.1  # so much faster must drafting seem: what is known of it is never exact
 FLAT = 32  # until it is measured: a forward of so many tokens takes twice as long as one of a single token
 RECENT = 15  # forwards of a kind that count: their median, so that a slow one changes nothing
 HOPE = 0.6  # that a mask's draft is right, until it is measured
@@ -69,11 +69,14 @@ class Pace:
             self._latest[kind] = self._forwards
 
     def later(self) -> float:
-        """What remains of a token that must still be verified: less, the more a forward takes for one token more."""
+        """What remains of a token that must still be verified: less, the more a forward takes for a token more.
+
+        That is told by forwards of four tokens per row, beside those of one, in which a token is made for sure.
+        """
         tokens = self.padded or self.rows
-        once, twice = self.seconds(np.array([tokens, 2 * tokens]) + self.beside, drafts=True)
-        alone = self.seconds(np.array([tokens]), drafts=True)[0]
-        return float(np.clip(1 - (twice - once) / alone, LEAST, MOST))
+        alone, plain = self.seconds(np.array([tokens, tokens + self.beside]), drafts=False)
+        (drafting,) = self.seconds(np.array([4 * tokens + self.beside]), drafts=True)
+        return float(np.clip(1 - (drafting - plain) / (3 * alone), LEAST, MOST))
 
     def seconds(self, tokens: np.ndarray, drafts: bool) -> np.ndarray:
         """How long the planned forward takes with so many tokens in all."""
@@ -99,8 +102,8 @@ def choose_widths(
 
     `width_n`: how many every row runs if these draft nothing. `value_kC`: what one more token of a row makes in the
     mean, and one more ..., falling; `most_k`: how many it may run at most; `counted`: of all that, what earlier
-    forwards were already credited with. All that draft have one width, if they can:
-    the rows that gain the most by it, as many as pay. What runs beside is worth the time it takes.
+    forwards were already credited with. All that draft have one width, if they can: the rows that gain the most by it,
+    as many as pay. What runs beside is worth the time it takes.
     """
     width_k = np.ones_like(most_k)
     if value_kC.sum() <= (SURE - 1) * len(width_n):  # not even for nothing
@@ -114,7 +117,8 @@ def choose_widths(
     worth = len(width_n) * whole / plain
     tokens_Wk = tokens + pace.beside + (WIDTHS_W1 - 1) * (pace.padded or rows_k)
     made_Wk = worth - counted + np.take_along_axis(gain_Wk, order_Wk, 1).cumsum(1)
-    rate_Wk = made_Wk / np.maximum.accumulate(pace.seconds(tokens_Wk, drafts=True), axis=1)
+    seconds_Wk = np.maximum(pace.seconds(tokens_Wk, drafts=True), whole)  # drafts make no forward shorter
+    rate_Wk = made_Wk / np.maximum.accumulate(seconds_Wk, axis=1)
     best, last = np.unravel_index(rate_Wk.argmax(), rate_Wk.shape)
     if rate_Wk[best, last] > SURE * worth / whole:
         drafting = order_Wk[best, : last + 1]
