@@ -15,7 +15,7 @@ import parablock as pb
 from parablock.decoding.decoder import begin, next_work
 from parablock.decoding.drafts import lookup
 from parablock.decoding.modes import speculative
-from parablock.decoding.pace import SURE, WIDTHS_W1, Pace, choose_widths
+from parablock.decoding.pace import LIFETIME, SURE, WIDTHS_W1, Pace, choose_widths
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import settle
 
@@ -159,7 +159,7 @@ def test_forwards_with_drafts_are_measured_apart() -> None:
     pace = pace_of(flat, drafts=lambda tokens: 2.0)
     assert widths(pace, [0.4] * 4) == [1] * 4
     pace.drafts = False
-    for _ in range(600):
+    for _ in range(LIFETIME + 1):
         pace.note(4, flat(4))
     assert widths(pace, [0.4] * 4) != [1] * 4  # it was long ago: worth another try
 

@@ -17,7 +17,7 @@ RECENT = 15  # forwards of a kind that count: their median, so that a slow one c
 HOPE = 0.6  # that a mask's draft is right, until it is measured
 PAUSES = 4, 16  # forwards in which drafts are not thought of after one in which none paid: the more, the more rows
 LEAST, MOST = 0.01, 0.9  # what remains of a token that is still to be verified
-LIFETIME = 512  # forwards after which a kind that was not run meanwhile is as good as unknown
+LIFETIME = 4096  # forwards after which a kind that was not run meanwhile is as good as unknown
 
 
 class Pace:
@@ -87,7 +87,8 @@ class Pace:
         """Sizes and their ratios, of the likest kinds that were run lately."""
         lately = sorted(kind for kind, latest in self._latest.items() if latest > self._forwards - LIFETIME)
         alike = [kind for kind in lately if kind[0] == round(math.log2(self.rows))]
-        kinds = [kind for kind in alike if kind[1] == drafts] or alike or lately
+        same = [kind for kind in lately if kind[1] == drafts]
+        kinds = [kind for kind in alike if kind[1] == drafts] or (same if drafts else alike) or alike or lately
         ratios: dict[int, list[float]] = {}
         for kind in kinds:
             ratios.setdefault(kind[2], []).extend(self._recent[kind])
