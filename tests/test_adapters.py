@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,10 @@ ids = torch.tensor([[int(token) for token in sys.argv[1:]]])
 model = AutoModelForCausalLM.from_pretrained("standalone", trust_remote_code=True, dtype="float32")
 with torch.no_grad():
     logits = model(input_ids=ids, use_cache=False).logits
-torch.save((type(model).__name__, logits), "logits.pt")
+calls = []
+model.register_forward_hook(lambda *call: calls.append(1))
+out = model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=24, eos_token_id=None, draft_tokens=3)
+torch.save((type(model).__name__, logits, out[0, 4:].tolist(), len(calls)), "logits.pt")
 """
 
 
@@ -291,10 +295,14 @@ def test_standalone_attaches_the_adapter_where_parablock_is_not_installed(adapte
         command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=tmp_path
     )
     assert out.returncode == 0, out.stderr
-    name, got = torch.load(tmp_path / "logits.pt")
+    name, got, tokens, forwards = torch.load(tmp_path / "logits.pt")
     assert name == "BlockDiffusionForCausalLM"
     expected = logits(model, torch.tensor([MASKED]))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    config = pb.DecodeConfig(max_new_tokens=24, stop_token_ids=(), mode="autoregressive")
+    assert tokens == pb.generate(model, [5, 6, 7, 8], config).tokens[0]
+    drafts = replace(config, mode="speculative", draft_tokens=3)
+    assert forwards == pb.generate(model, [5, 6, 7, 8], drafts).forwards
     assert not torch.allclose(logits(pb.load("bundled-ar")[0], torch.tensor([[5, 6, 7, 3, 3, 3]])), got, atol=0.1)
 
 

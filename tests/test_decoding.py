@@ -299,7 +299,7 @@ BAD_CONFIGS = [
     ({"seed": 2**70}, "seed=1180591620717411303424"),
     ({"mode": "speculative", "draft_tokens": 0}, "draft_tokens=0"),
     ({"mode": "speculative", "drafter": "oracle"}, "drafter='oracle' is out of range; use 'masks', 'lookup' or 'both'"),
-    ({"draft_tokens": 3}, "draft_tokens=3 belongs to mode='speculative', and mode is None"),
+    ({"mode": "diffusion", "draft_tokens": 3}, "draft_tokens=3 belongs to mode='speculative', and mode is 'diffusion'"),
     ({"mode": "autoregressive", "drafter": "lookup"}, "drafter='lookup' belongs to mode='speculative'"),
 ]
 

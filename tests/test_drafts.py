@@ -15,7 +15,7 @@ import parablock as pb
 from parablock.decoding.decoder import begin, next_work
 from parablock.decoding.drafts import lookup
 from parablock.decoding.modes import speculative
-from parablock.decoding.pace import LIFETIME, SURE, WIDTHS_W1, Pace, choose_widths
+from parablock.decoding.pace import LIFETIME, MANY, SURE, SURER, WIDTHS_W1, Pace, choose_widths
 from parablock.decoding.rows import Rows
 from parablock.decoding.work import settle
 
@@ -145,14 +145,14 @@ def test_no_other_choice_makes_more_tokens_per_second(
     numbers = range(len(chances))
     groups = [group for count in numbers for group in itertools.combinations(numbers, count + 1)]
     best = max(rate(width, group) for width in WIDTHS_W1[:3, 0].tolist() for group in groups)
-    chosen = widths(pace, chances, rows=n)
+    chosen, sure = widths(pace, chances, rows=n), SURE if n < MANY else SURER
     drafting = tuple(k for k in numbers if chosen[k] > 1)
     assert len({chosen[k] for k in drafting}) <= 1
     if drafting:
         assert rate(chosen[drafting[0]], drafting) == pytest.approx(best)
-        assert best > SURE * rate(1, ())
+        assert best > sure * rate(1, ())
     else:
-        assert best <= SURE * rate(1, ()) * (1 + 1e-9)
+        assert best <= sure * rate(1, ()) * (1 + 1e-9)
 
 
 def test_forwards_with_drafts_are_measured_apart() -> None:

@@ -67,13 +67,8 @@ class DecodeConfig:
         require_at_least(
             self, 1, "max_new_tokens", "block_size", "sub_block_size", "tokens_per_step", "top_k", "draft_tokens"
         )  # fmt: skip
-        for name in ("drafter", "draft_tokens"):
-            value = getattr(self, name)
-            if value is not None and self.mode != "speculative":
-                raise ValueError(
-                    f"{name}={value!r} belongs to mode='speculative', and mode is {self.mode!r}; set that mode, or "
-                    f"leave {name} out"
-                )
+        if self.mode is not None:
+            self.check_drafts(self.mode)
         require(0.0 <= self.draft_threshold < 1.0, "draft_threshold", self.draft_threshold, "use a value in [0, 1)")
         require(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "use a value in [0, 1]")
         require(self.factor > 0.0, "factor", self.factor, "use a positive value")
@@ -90,6 +85,16 @@ class DecodeConfig:
     def verified(self) -> bool:
         """Block diffusion whose drafts are verified, once the mode is known."""
         return self.mode == "diffusion" and self.strategy == "verified"
+
+    def check_drafts(self, mode: Mode) -> None:
+        """ValueError if something is set about drafts that `mode` does not make."""
+        for name in ("drafter", "draft_tokens"):
+            value = getattr(self, name)
+            if value is not None and mode != "speculative":
+                raise ValueError(
+                    f"{name}={value!r} belongs to mode='speculative', and mode is {mode!r}; set that mode, or leave "
+                    f"{name} out"
+                )
 
     def check_sub_block(self, block_size: int) -> None:
         """ValueError unless `block_size` is a whole number of sub-blocks."""

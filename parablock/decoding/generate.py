@@ -207,6 +207,7 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
     adapted = getattr(own, "bd_size", None) is not None and mask_token_id is not None
     gate = gate_of(model)
     mode = config.mode or ("speculative" if gate else "diffusion" if adapted else "autoregressive")
+    config.check_drafts(mode)
     if mode == "diffusion" and gate is not None:
         raise ValueError(
             "mode='diffusion': the model has a causal adapter, its masks make drafts that the AR model verifies; use "

@@ -11,11 +11,12 @@ import numpy as np
 from parablock.diffusion.config import MOST_MASKS
 
 WIDTHS_W1 = np.array([[2], [4], [8], [16], [32]])  # with the token before the drafts; few, so that pieces stay alike
-SURE = 1.1  # so much faster must drafting seem: what is known of it is never exact
+SURE, MANY, SURER = 1.1, 16, 1.3  # so much faster must drafting seem, of many rows more: what is known is not exact
 FLAT = 32  # until it is measured: a forward of so many tokens takes twice as long as one of a single token
 RECENT = 15  # forwards of a kind that count: their median, so that a slow one changes nothing
 HOPE = 0.6  # that a mask's draft is right, until it is measured
 PAUSES = 4, 16  # forwards in which drafts are not thought of after one in which none paid: the more, the more rows
+REGRET = 16  # times as many after one in which they did
 LEAST, MOST = 0.01, 0.9  # what remains of a token that is still to be verified
 LIFETIME = 4096  # forwards after which a kind that was not run meanwhile is as good as unknown
 
@@ -34,6 +35,7 @@ class Pace:
         self.hope = HOPE ** np.arange(1, MOST_MASKS + 1)  # that the drafts of so many masks are right, the same
         self._pause = 0  # forwards until drafts are thought of again
         self._busy = 0  # rows when drafts did not pay
+        self._drafted = False  # some drafted in the forward before
         self._forwards = 0
         self._recent: dict[tuple[int, bool, int], deque[float]] = {}
         self._latest: dict[tuple[int, bool, int], int] = {}
@@ -56,7 +58,10 @@ class Pace:
         """Some of so many rows draft in this forward, or none does."""
         self.drafts = drafts
         least, most = PAUSES
-        self._pause, self._busy = 0 if drafts else min(max(least, rows), most), rows
+        # drafts that are not even verified were a mistake, where there are many rows: not soon again
+        again = REGRET if self._drafted and rows >= most else 1
+        self._pause, self._busy = 0 if drafts else again * min(max(least, rows), most), rows
+        self._drafted = drafts
 
     def note(self, tokens: int, seconds: float) -> None:
         """What was planned has run so many tokens in so many seconds."""
@@ -107,7 +112,8 @@ def choose_widths(
     as many as pay. What runs beside is worth the time it takes.
     """
     width_k = np.ones_like(most_k)
-    if value_kC.sum() <= (SURE - 1) * len(width_n):  # not even for nothing
+    sure = SURE if len(width_n) < MANY else SURER
+    if value_kC.sum() <= (sure - 1) * len(width_n):  # not even for nothing
         return width_k
     gain_kC = value_kC.cumsum(1)
     more_Wk = np.minimum(WIDTHS_W1 - 1, most_k)
@@ -121,7 +127,7 @@ def choose_widths(
     seconds_Wk = np.maximum(pace.seconds(tokens_Wk, drafts=True), whole)  # drafts make no forward shorter
     rate_Wk = made_Wk / np.maximum.accumulate(seconds_Wk, axis=1)
     best, last = np.unravel_index(rate_Wk.argmax(), rate_Wk.shape)
-    if rate_Wk[best, last] > SURE * worth / whole:
+    if rate_Wk[best, last] > sure * worth / whole:
         drafting = order_Wk[best, : last + 1]
         width_k[drafting] = 1 + more_Wk[best, drafting]
     return width_k
