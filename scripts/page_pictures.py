@@ -122,9 +122,12 @@ def drafts(browser: Browser, url: str) -> None:
     page = opened(browser, url, DESKTOP, "light")
     ask(page)
     steps = int(page.locator(".pb-scrub").get_attribute("max") or 0) + 1
-    scrub(page, steps // 2)
-    while not page.locator(".pb-text .pb-draft").count() or not page.locator(".pb-text .pb-refused").count():
-        page.click('[data-do="forth"]')
+    for step in range(steps):  # one that shows all kinds of drafts, if there is one
+        scrub(page, step)
+        if page.locator(".pb-text .pb-draft").count() and page.locator(".pb-text .pb-refused").count():
+            break
+    else:
+        scrub(page, steps // 2)
     page.evaluate("document.activeElement.blur()")
     page.mouse.move(0, 0)
     page.wait_for_timeout(600)
