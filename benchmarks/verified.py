@@ -60,7 +60,6 @@ def main() -> None:
         write(f"verified-{name}", {"setting": setting(args, name), "model": name, "figures": figures})
 
 
-
 def compare(path: Any, count: int) -> list[dict[str, Any]]:
     """The contenders at every sub-block size."""
     model, tokenizer = pb.load(path, device="cpu", dtype="float32")
