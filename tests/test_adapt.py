@@ -241,7 +241,7 @@ def test_adapt_in_causal_context_makes_an_adapter_that_drafts(tmp_path: Path) ->
     assert gate is not None
     assert {name.rpartition(".")[2] for name in gate.targets} == {"o_proj", "down_proj"}
     again = run("adapt", str(tmp_path / "run" / "model"), "--data", data, "-o", tmp_path / "b", *SMALL, *options)
-    assert again.stderr.strip().splitlines()[-1].endswith("load its base to train another one")
+    assert again.stderr.strip().splitlines()[-1].endswith("adapt its base, bundled-ar")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_demo_writes_what_it_names(demo: tuple[Path, subprocess.CompletedProcess
     report = json.loads((folder / "my" / "report.json").read_text())
     names = [r["name"] for r in report["results"]]
     assert names[0] == "autoregressive"
-    assert len(names) == len(set(names)) == 9
+    assert len(names) == len(set(names)) == 10
     for result in report["results"]:
         assert result["problems"] == 6
         assert 0 <= result["accuracy"] <= 1

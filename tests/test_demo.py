@@ -18,5 +18,5 @@ def test_live_adaptation_lowers_the_loss_and_is_compared(tmp_path: Path) -> None
     assert live["steps"] == LIVE_RECIPE.log_every  # as many as were planned for so short a time, no more
     assert live["log"][-1]["loss"] < 6.5  # an AR model's own masked cross-entropy is about 6
     assert live["log"][-1]["tokens_per_forward"] > 0
-    assert [r["name"].split(",")[0] for r in report["results"][:2]] == ["autoregressive", "live"]
+    assert [r["name"].split(",")[0] for r in report["results"][:3]] == ["autoregressive", "speculative", "live"]
     assert "adapting live" in screen.getvalue()

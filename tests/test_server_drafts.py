@@ -99,7 +99,7 @@ def test_the_card_and_wrong_settings(server: Served) -> None:
         ({**BY_MASKS, "draft_threshold": 1.0}, "draft_threshold"),
         ({**BY_MASKS, "drafter": "oracle"}, "drafter"),
         ({**BY_MASKS, "draft_tokens": 0}, "draft_tokens"),
-        ({"draft_tokens": 3}, "draft_tokens"),
+        ({"mode": "autoregressive", "draft_tokens": 3}, "draft_tokens"),
         ({"mode": "diffusion"}, "mode"),
     ):
         with pytest.raises(openai.BadRequestError) as refused:
