@@ -220,7 +220,7 @@ def print_table(results: Sequence[Result], console: Console) -> None:
     """The comparison as people read it."""
     table = Table(title="the same problems, one at a time", title_justify="left")
     table.add_column("decoder, threshold (sub-block 8)")
-    for column in ("accuracy", "tokens/s", "tokens/forward", "speed-up", "AR's words"):
+    for column in ("accuracy", "tokens/s", "tokens/forward", "speed-up"):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
@@ -229,7 +229,6 @@ def print_table(results: Sequence[Result], console: Console) -> None:
             f"{r.tokens_per_second:.0f}",
             f"{r.tokens_per_forward:.2f}",
             f"{r.speed_up:.2f}x",
-            f"{100 * r.same_answers:.0f} %",
         )
     console.print(table)
     best = {r.name.split(",")[0]: r.dtype for r in results}
