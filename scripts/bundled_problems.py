@@ -19,7 +19,7 @@ def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--count", type=int, default=24_000)
+    parser.add_argument("--count", type=int, default=12_800)
     given = parser.parse_args()
     given.file.parent.mkdir(parents=True, exist_ok=True)
     questions = (word_problem("train", SEED, index).question for index in range(given.count))
