@@ -3,7 +3,7 @@
 Shapes: U units of D tokens, T = U D; H heads of width d, H_kv of them for K and V.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,6 +38,17 @@ def attention_weights(
     return nn.functional.dropout(weights, dropout) if dropout else weights
 
 
+def made_again(attend: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`attend(*arguments)`; what its derivative needs is made again then.
+
+    The attention weights of every layer would fill the memory, and making them again costs little.
+    """
+    if not torch.is_grad_enabled():
+        return attend(*arguments)
+    out: Tensor = checkpoint(attend, *arguments, use_reentrant=False)
+    return out
+
+
 def block_attention(
     module: nn.Module,
     query: Tensor,
@@ -65,10 +76,7 @@ def block_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = windows[cast(int, module.layer_idx)]
     arguments = query * scale, key, value, block_layout, window, softcap, dropout if module.training else 0.0
-    if not torch.is_grad_enabled():
-        return _attend_units(*arguments), None
-    # the weights of every layer would fill the memory; making them again costs little
-    return checkpoint(_attend_units, *arguments, use_reentrant=False), None
+    return made_again(_attend_units, *arguments), None
 
 
 def _attend_units(

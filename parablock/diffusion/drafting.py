@@ -16,10 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from parablock.diffusion.attention import attention_weights
-from parablock.diffusion.gate import Gate, gate_of
+from parablock.diffusion.attention import attention_weights, made_again
+from parablock.diffusion.gate import Gate, closed, gate_of
 from parablock.diffusion.masks import near
 from parablock.diffusion.objective import causal_inputs, head_logits, is_checkpointed, summed_cross_entropy
 from parablock.diffusion.support import attention as using_attention
@@ -178,14 +177,12 @@ class _Drafts:
 @contextmanager
 def _base_alone(model: Model, gate: Gate) -> Iterator[None]:
     """The model as it decodes: no gate, no dropout, no gradient."""
-    training, closed = model.training, gate.closed
+    training = model.training
     model.eval()
-    gate.closed = True
     try:
-        with torch.no_grad():
+        with closed(gate), torch.no_grad():
             yield
     finally:
-        gate.closed = closed
         model.train(training)
 
 
@@ -222,10 +219,7 @@ def draft_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = cast(int, module.layer_idx)
     arguments = query * scale, key, value, drafts, layer, windows[layer], softcap, dropout if module.training else 0.0
-    if not torch.is_grad_enabled():
-        return _attend(*arguments), None
-    # the weights of every layer would fill the memory; making them again costs little
-    return checkpoint(_attend, *arguments, use_reentrant=False), None
+    return made_again(_attend, *arguments), None
 
 
 def _attend(
