@@ -64,8 +64,6 @@ class Rows:
         self.draft_RK = np.zeros((rows, max(MOST_MASKS, block_size)), dtype=whole)
         self.sure_RK = np.zeros(self.draft_RK.shape, dtype=np.float64)  # their confidence; 0: there is none
         self.masks_R = np.zeros(rows, dtype=whole)  # how many masks make a draft block; 0: no masks are used
-        self.first_mask_R = np.zeros(rows, dtype=whole)  # the id of the first, and how many ids there are
-        self.mask_kinds_R = np.ones(rows, dtype=whole)
         self.hope_RK = np.zeros((rows, MOST_MASKS), dtype=np.float64)  # that new drafts up to the k-th are right
         self.looks_R = np.zeros(rows, dtype=flag)  # earlier places are looked up
         self.alike_R = np.zeros(rows, dtype=whole)  # where the last known tokens stood before; 0: nobody knows
@@ -129,7 +127,6 @@ class Rows:
         if self.gate is not None and config.drafter != "lookup":
             self.masks_R[row] = min(self.gate.draft_tokens, most)
             self.ahead_R[row] = self.block_size - 1
-            self.first_mask_R[row], self.mask_kinds_R[row] = self.gate.first_mask_id, len(self.gate.embeddings)
             self.hope_RK[row] = self.pace.hope
 
     def take_out(self, row: int) -> dict[str, np.ndarray]:

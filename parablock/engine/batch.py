@@ -6,7 +6,7 @@ Shapes: R rows, P pages of a row.
 import numpy as np
 
 from parablock.decoding.decoder import begin
-from parablock.decoding.rows import DRAFTERS, Rows
+from parablock.decoding.rows import Rows, by_drafter
 from parablock.engine.config import EngineConfig
 from parablock.engine.pages import PagePool
 from parablock.engine.request import Handle
@@ -113,10 +113,8 @@ class Batch:
         handle = self.handles[row]
         if handle is not None:
             handle.forwards = int(self.rows.forwards_R[row])
-            handle.drafted, handle.accepted = (
-                dict(zip(DRAFTERS, counts_RS[row].tolist(), strict=True))
-                for counts_RS in (self.rows.drafted_RS, self.rows.accepted_RS)
-            )
+            handle.drafted = by_drafter(self.rows.drafted_RS[row])
+            handle.accepted = by_drafter(self.rows.accepted_RS[row])
             handle.tokens = self.rows.tokens(row) if not self.streaming_R[row] else handle.tokens
             if reuse:
                 self.register(row)

@@ -19,6 +19,7 @@ from parablock.decoding.modes.autoregressive import AUTOREGRESSIVE
 from parablock.decoding.pace import choose_widths
 from parablock.decoding.rows import DRAFTERS, Rows
 from parablock.decoding.work import Mode, Placed, Work
+from parablock.diffusion.config import MOST_MASKS
 
 LATE, SLOW = 0.9, 0.98  # how much remains of what was known of a row's chance after one more guess, and of all rows'
 NEVER = np.iinfo(np.int64).max
@@ -67,16 +68,18 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     value_nC = _values(rows, which, chain, ahead_n, later)
     if not value_nC.any():
         return _nothing(rows, which) if not chain.found_n.any() else _work(rows, which, chain, value_nC > 0)
-    rank_nC = np.argsort(-value_nC, axis=1, kind="stable").argsort(axis=1, kind="stable")
+    order_nC = np.argsort(-value_nC, axis=1, kind="stable")
     most_n = np.minimum((value_nC > 0).sum(1), np.minimum(rows.ahead_R[which], room_n))
     width_n = 1 + most_n * fixed_n
     open_n = ((most_n > 0) & ~fixed_n).nonzero()[0]
     if len(open_n):
         # what was hoped of these drafts has been counted, when their masks ran
         counted = later * float(chain.sure_nL[chain.source_n == MASKS].cumprod(1).sum())
-        value_kC = -np.sort(-value_nC[open_n], axis=1)
+        value_kC = np.take_along_axis(value_nC[open_n], order_nC[open_n], 1)
         width_n[open_n] = choose_widths(pace, width_n, value_kC, most_n[open_n], counted)
-    return _work(rows, which, chain, rank_nC < (width_n - 1)[:, None])
+    chosen_nC = np.zeros(value_nC.shape, dtype=bool)
+    np.put_along_axis(chosen_nC, order_nC, np.arange(order_nC.shape[1]) < (width_n - 1)[:, None], 1)
+    return _work(rows, which, chain, chosen_nC)
 
 
 def _nothing(rows: Rows, which: np.ndarray) -> Work:
@@ -168,8 +171,9 @@ def _placed(
     """Masks see the row up to the `last` token of their outcome, and those of their block that stand before them."""
     ids_m, position_m, limit_m = rows.ids_RC[row_m, slot_m], slot_m.copy(), slot_m + 1
     own_m, end_m = np.zeros_like(slot_m), np.zeros_like(slot_m)
-    row, slot = row_m[masks_m], slot_m[masks_m]
-    ids_m[masks_m] = rows.first_mask_R[row] + np.minimum(place, rows.mask_kinds_R[row] - 1)
+    slot = slot_m[masks_m]
+    assert rows.gate is not None
+    ids_m[masks_m] = np.array(rows.gate.mask_ids(MOST_MASKS))[place]
     position_m[masks_m], limit_m[masks_m] = last + 1 + place, last + 1
     own_m[masks_m], end_m[masks_m] = slot - place, slot + 1
     return Placed(ids_m, position_m, limit_m, own_m, end_m)
