@@ -19,6 +19,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
+from schedules import run_arriving
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -119,19 +120,10 @@ def draw(rng: np.random.Generator, prompts: list[list[int]]) -> tuple[Any, ...]:
 
 def schedule(engine: pb.Engine, judge: Judge, requests: list[tuple[Any, ...]], counts: Counter[str]) -> list[Any]:
     """Run requests as they arrive; returns the differences."""
-    running: list[Any] = []
-    for prompt, decode, stream, pause, patience in requests:
-        handle = engine.submit(pb.Request(list(prompt), decode, stream=stream))
-        running.append((handle, prompt, decode, patience, engine.steps))
-        for _ in range(pause):
-            engine.step()
-            for other, *_, steps, began in running:
-                if steps is not None and engine.steps - began >= steps:
-                    other.cancel()
-    while engine.step():
-        pass
+    arrivals = [(pb.Request(list(prompt), decode, stream=stream), pause, patience)
+                for prompt, decode, stream, pause, patience in requests]  # fmt: skip
     differences = []
-    for handle, prompt, decode, *_ in running:
+    for handle, (prompt, decode, *_) in zip(run_arriving(engine, arrivals), requests, strict=True):
         plain = replace(decode, mode="autoregressive", drafter=None, draft_tokens=None, draft_threshold=0.0)
         wanted = judge.answer(prompt, plain)
         got = handle.tokens if handle.status == "cancelled" else handle.result()

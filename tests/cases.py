@@ -19,6 +19,9 @@ def prompt(seed: int, length: int) -> list[int]:
 
 
 ROWS = [prompt(40 + n, n) for n in (5, 8, 16, 1, 23, 12, 40, 24, 9)]
+# prompts of schedules; some begin alike
+ALIKE = [prompt(1, 24) + prompt(i, n) for i, n in ((3, 0), (4, 3), (5, 8))]
+ALIKE += [prompt(i, n) for i, n in enumerate((2, 8, 9, 17, 31))]
 
 
 def empty(engine: pb.Engine) -> bool:

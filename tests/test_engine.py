@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BASE, ROWS, SMALL, D, S, empty, prompt, queries
+from cases import ALIKE, BASE, ROWS, SMALL, D, S, empty, prompt, queries
 from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedules import run_arriving
 
 import parablock as pb
 
@@ -89,8 +90,6 @@ REQUESTS = st.tuples(
     st.integers(0, 12),  # steps until the next one is submitted
     st.one_of(st.none(), st.integers(0, 20)),  # cancelled after so many steps
 )
-ALIKE = [prompt(1, 24) + prompt(i, n) for i, n in ((3, 0), (4, 3), (5, 8))]
-ALIKE += [prompt(i, n) for i, n in enumerate((2, 8, 9, 17, 31))]
 known: dict[Any, list[int]] = {}
 
 
@@ -103,18 +102,13 @@ def test_any_schedule_gives_the_same_tokens(requests: list[Any], size: tuple[int
         max_rows=rows, kv_tokens=kv_tokens, max_context=64, prefill_chunk=16, prefix_cache=prefix_cache
     )
     with pb.Engine(model, config) as engine:
-        running = []
-        for which, length, mode, temperature, pause, patience in requests:
-            decode = replace(BASE, mode=mode, max_new_tokens=length, temperature=temperature)
-            running.append((engine.submit(pb.Request(ALIKE[which], decode)), which, decode, patience, engine.steps))
-            for _ in range(pause):
-                engine.step()
-                for handle, *_, patience, began in running:
-                    if patience is not None and engine.steps - began >= patience:
-                        handle.cancel()
-        while engine.step():
-            pass
-        for handle, which, decode, patience, _ in running:
+        arrivals = [
+            (pb.Request(ALIKE[which], replace(BASE, mode=mode, max_new_tokens=length, temperature=t)), pause, patience)
+            for which, length, mode, t, pause, patience in requests
+        ]
+        handles = run_arriving(engine, arrivals)
+        for handle, (which, *_, patience), (request, *_) in zip(handles, requests, arrivals, strict=True):
+            decode = request.config
             key = (which, decode)
             if key not in known:
                 known[key] = pb.generate(model, ALIKE[which], decode).tokens[0]

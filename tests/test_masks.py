@@ -8,11 +8,12 @@ import definitions
 import numpy as np
 import pytest
 import torch
-from cases import BASE, ROWS, empty
+from cases import ALIKE, BASE, ROWS, empty
 from conftest import ar_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_speculative import ALIKE, SAMPLED
+from schedules import run_arriving
+from test_speculative import SAMPLED
 from test_windows import capped, windowed
 
 import parablock as pb
@@ -90,23 +91,15 @@ def test_any_schedule_gives_the_same_tokens(requests: list[Any], size: tuple[int
     model, (rows, kv_tokens) = MODELS["full"], size
     config = pb.EngineConfig(block_size=8, max_rows=rows, kv_tokens=kv_tokens, max_context=72, prefill_chunk=16)
     with pb.Engine(model, config) as engine:
-        running = []
+        arrivals, answers = [], []
         for which, length, drafter, drafts, threshold, sampling, pause, patience in requests:
             decode = replace(AR, max_new_tokens=length, **sampling)
-            expected = pb.generate(model, ALIKE[which], decode).tokens[0]
+            answers.append(pb.generate(model, ALIKE[which], decode).tokens[0])
             if drafter is not None:
                 own: Any = {"drafter": drafter, "draft_tokens": drafts, "draft_threshold": threshold}
                 decode = replace(decode, mode="speculative", **own)
-            handle = engine.submit(pb.Request(ALIKE[which], decode, stream=pause % 2 == 0))
-            running.append((handle, expected, patience, engine.steps))
-            for _ in range(pause):
-                engine.step()
-                for other, _, steps, began in running:
-                    if steps is not None and engine.steps - began >= steps:
-                        other.cancel()
-        while engine.step():
-            pass
-        for handle, expected, _, _ in running:
+            arrivals.append((pb.Request(ALIKE[which], decode, stream=pause % 2 == 0), pause, patience))
+        for handle, expected in zip(run_arriving(engine, arrivals), answers, strict=True):
             tokens = handle.tokens if handle.status == "cancelled" else handle.result()
             assert tokens == (expected[: len(tokens)] if handle.status == "cancelled" else expected)
         assert empty(engine)

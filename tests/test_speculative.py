@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BASE, ROWS, empty, prompt
+from cases import ALIKE, BASE, ROWS, empty
 from conftest import ar_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedules import run_arriving
 
 import parablock as pb
 from parablock.data.chat import encode_prompt
@@ -115,8 +116,6 @@ REQUESTS = st.tuples(
     st.integers(0, 8),  # steps until the next one is submitted
     st.one_of(st.none(), st.integers(0, 12)),  # cancelled after so many steps
 )
-ALIKE = [prompt(1, 24) + prompt(i, n) for i, n in ((3, 0), (4, 3), (5, 8))]
-ALIKE += [prompt(i, n) for i, n in enumerate((2, 8, 9, 17, 31))]
 
 
 @settings(max_examples=50)
@@ -135,27 +134,21 @@ def test_any_drafts_in_any_schedule_give_the_same_tokens(
     )
     with pytest.MonkeyPatch.context() as patch, pb.Engine(MODEL, config) as engine:
         patch.setattr(speculative, "lookup", oracle(rates))
-        running = []
-        for which, length, mode, sampling, stream, pause, patience in requests:
-            decode = replace(mode, max_new_tokens=length, **sampling)
-            handle = engine.submit(pb.Request(ALIKE[which], decode, stream=stream))
-            running.append((handle, autoregressive(ALIKE[which], decode), patience, engine.steps))
-            for _ in range(pause):
-                engine.step()
-                for handle, _, patience, began in running:
-                    if patience is not None and engine.steps - began >= patience:
-                        handle.cancel()
-        while engine.step():
-            pass
-        for handle, expected, _, _ in running:
+        arrivals = [
+            (pb.Request(ALIKE[which], replace(mode, max_new_tokens=length, **own), stream=stream), pause, patience)
+            for which, length, mode, own, stream, pause, patience in requests
+        ]
+        handles = run_arriving(engine, arrivals)
+        for handle in handles:
+            expected = autoregressive(list(handle.request.prompt), handle.request.config)
             if handle.status == "cancelled":
                 assert handle.tokens == expected[: len(handle.tokens)]
             else:
                 assert handle.result() == expected
             assert handle.accepted["lookup"] <= handle.drafted["lookup"]
         assert empty(engine)
-        assert engine.stats["drafted"] == sum(handle.drafted["lookup"] for handle, *_ in running)
-        assert engine.stats["accepted"] == sum(handle.accepted["lookup"] for handle, *_ in running)
+        assert engine.stats["drafted"] == sum(handle.drafted["lookup"] for handle in handles)
+        assert engine.stats["accepted"] == sum(handle.accepted["lookup"] for handle in handles)
 
 
 @pytest.mark.usefixtures("perfect")

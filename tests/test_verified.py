@@ -8,10 +8,11 @@ from typing import Any
 import definitions
 import numpy as np
 import pytest
-from cases import BASE, ROWS, D, empty, prompt
+from cases import ALIKE, BASE, ROWS, D, empty
 from conftest import ar_model, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedules import run_arriving
 from test_windows import MODELS as WINDOWED
 
 import parablock as pb
@@ -104,8 +105,6 @@ REQUESTS = st.tuples(
     st.integers(0, 8),  # steps until the next one is submitted
     st.one_of(st.none(), st.integers(0, 12)),  # cancelled after so many steps
 )
-ALIKE = [prompt(1, 24) + prompt(i, n) for i, n in ((3, 0), (4, 3), (5, 8))]
-ALIKE += [prompt(i, n) for i, n in enumerate((2, 8, 9, 17, 31))]
 
 
 @settings(max_examples=25)
@@ -124,19 +123,12 @@ def test_any_drafts_in_any_schedule_give_the_same_tokens(
     )
     with pytest.MonkeyPatch.context() as patch, pb.Engine(MODEL, config) as engine:
         patch.setattr(verified, "_keep", oracle(rates))
-        running = []
-        for which, length, base, sampling, stream, pause, patience in requests:
-            decode = replace(base, max_new_tokens=length, **sampling)
-            handle = engine.submit(pb.Request(ALIKE[which], decode, stream=stream))
-            running.append((handle, truth(ALIKE[which], decode), patience, engine.steps))
-            for _ in range(pause):
-                engine.step()
-                for handle, _, patience, began in running:
-                    if patience is not None and engine.steps - began >= patience:
-                        handle.cancel()
-        while engine.step():
-            pass
-        for handle, expected, _, _ in running:
+        arrivals = [
+            (pb.Request(ALIKE[which], replace(base, max_new_tokens=length, **own), stream=stream), pause, patience)
+            for which, length, base, own, stream, pause, patience in requests
+        ]
+        for handle in run_arriving(engine, arrivals):
+            expected = truth(list(handle.request.prompt), handle.request.config)
             if handle.status == "cancelled":
                 assert handle.tokens == expected[: len(handle.tokens)]
             else:
