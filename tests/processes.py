@@ -162,6 +162,30 @@ def run_program(command: Sequence[object], **options: Any) -> subprocess.Complet
     return finish(start_program(command, **options), command)
 
 
+WITHOUT_PARABLOCK = """
+try:
+    import parablock
+except ImportError:
+    pass
+else:
+    raise SystemExit("parablock is installed here: the test tests nothing")
+"""
+
+
+def run_without_parablock(script: str, args: Sequence[object], scratch: Path) -> str:
+    """Run a script in `scratch`, in a new interpreter that finds no parablock; what it prints."""
+    blocked = scratch / "blocked"
+    blocked.mkdir()
+    (blocked / "parablock.py").write_text("raise ImportError('not installed')")
+    environment = {**os.environ, "PYTHONPATH": str(blocked), "HF_MODULES_CACHE": str(scratch / "modules")}
+    command = [sys.executable, "-c", WITHOUT_PARABLOCK + script, *map(str, args)]
+    out = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment, cwd=scratch
+    )
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
 def finish(
     started: contextlib.AbstractContextManager[Running], args: Sequence[object]
 ) -> subprocess.CompletedProcess[str]:

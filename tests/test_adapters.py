@@ -1,10 +1,7 @@
 """Adapters of causal context as files: PEFT opens them, they come back on their base, and what is damaged is named."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +11,7 @@ import pytest
 import torch
 from conftest import ar_model
 from peft import PeftModel
-from processes import start_function
+from processes import run_without_parablock, start_function
 from safetensors.torch import load_file, save_file
 from test_architectures import WORKS, write_ar_checkpoint
 from test_gate import filled, gated, logits, rows
@@ -263,13 +260,6 @@ def test_there_is_no_official_layout_of_an_adapter(adapter: Path, tmp_path: Path
 STANDALONE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-
-try:
-    import parablock
-except ImportError:
-    pass
-else:
-    raise SystemExit("parablock is installed here: the test tests nothing")
 torch.set_num_threads(1)
 ids = torch.tensor([[int(token) for token in sys.argv[1:]]])
 model = AutoModelForCausalLM.from_pretrained("standalone", trust_remote_code=True, dtype="float32")
@@ -285,16 +275,7 @@ torch.save((type(model).__name__, logits, out[0, 4:].tolist(), len(calls)), "log
 def test_standalone_attaches_the_adapter_where_parablock_is_not_installed(adapter: Path, tmp_path: Path) -> None:
     model, tokenizer = pb.load(adapter)
     pb.export(model, tokenizer, tmp_path / "standalone", "standalone")
-    (tmp_path / "blocked").mkdir()
-    (tmp_path / "blocked" / "parablock.py").write_text("raise ImportError('not installed')")
-    environment = {
-        **os.environ, "PYTHONPATH": str(tmp_path / "blocked"), "HF_MODULES_CACHE": str(tmp_path / "modules")
-    }  # fmt: skip
-    command = [sys.executable, "-c", STANDALONE, *map(str, MASKED)]
-    out = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=tmp_path
-    )
-    assert out.returncode == 0, out.stderr
+    run_without_parablock(STANDALONE, MASKED, tmp_path)
     name, got, tokens, forwards = torch.load(tmp_path / "logits.pt")
     assert name == "BlockDiffusionForCausalLM"
     expected = logits(model, torch.tensor([MASKED]))

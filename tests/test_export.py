@@ -1,9 +1,6 @@
 """Three layouts out of one checkpoint: round trips bit-equal, tokens identical, LoRA merged, no parablock needed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from conftest import small_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_without_parablock
 from safetensors.torch import load_file
 from test_architectures import WORKS, write_ar_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,13 +72,6 @@ def test_stock_to_official_to_stock(bundled: tuple[Any, ...], tmp_path: Path) ->
 STANDALONE = """
 import importlib.util, json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-try:
-    import parablock
-except ImportError:
-    pass
-else:
-    raise SystemExit("parablock is installed here: the test tests nothing")
 path, ids = sys.argv[1], json.loads(sys.argv[2])
 import torch
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
@@ -91,17 +82,9 @@ print("ANSWER", json.dumps([type(model).__name__, out[0, len(ids):].tolist(), to
 """
 
 
-def run_without_parablock(path: Path, ids: list[int], arguments: dict[str, Any], scratch: Path) -> list[Any]:
-    blocked = scratch / "blocked"
-    blocked.mkdir()
-    (blocked / "parablock.py").write_text("raise ImportError('not installed')")
-    environment = {**os.environ, "PYTHONPATH": str(blocked), "HF_MODULES_CACHE": str(scratch / "modules")}
-    command = [sys.executable, "-c", STANDALONE, str(path), json.dumps(ids), json.dumps(arguments)]
-    out = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=scratch
-    )
-    assert out.returncode == 0, out.stderr
-    answer: list[Any] = json.loads(out.stdout.split("ANSWER")[1])
+def answer_without_parablock(path: Path, ids: list[int], arguments: dict[str, Any], scratch: Path) -> list[Any]:
+    out = run_without_parablock(STANDALONE, [path, json.dumps(ids), json.dumps(arguments)], scratch)
+    answer: list[Any] = json.loads(out.split("ANSWER")[1])
     return answer
 
 
@@ -110,7 +93,7 @@ def test_standalone_decodes_where_parablock_is_not_installed(bundled: tuple[Any,
     pb.export(model, tokenizer, tmp_path / "standalone", "standalone")
     assert_same_tensors(BUNDLED / "diffusion", tmp_path / "standalone")
     arguments = {**FIELDS, "do_sample": False}
-    name, tokens, mask = run_without_parablock(tmp_path / "standalone", ids, arguments, tmp_path)
+    name, tokens, mask = answer_without_parablock(tmp_path / "standalone", ids, arguments, tmp_path)
     assert (name, tokens, mask) == ("BlockDiffusionForCausalLM", answer, model.config.mask_token_id)
     # here, and without consent to its code, it is an ordinary checkpoint
     stock, _ = pb.load(tmp_path / "standalone", dtype="auto")
@@ -126,7 +109,7 @@ def test_standalone_works_for_any_architecture(tmp_path: Path) -> None:
     ids = list(range(20, 31))
     config = pb.DecodeConfig(max_new_tokens=20, threshold=0.5, sub_block_size=4)
     arguments = {"max_new_tokens": 20, "threshold": 0.5, "sub_block_size": 4}
-    name, tokens, _ = run_without_parablock(tmp_path / "standalone", ids, arguments, tmp_path)
+    name, tokens, _ = answer_without_parablock(tmp_path / "standalone", ids, arguments, tmp_path)
     assert (name, tokens) == ("BlockDiffusionForCausalLM", pb.generate(model, ids, config).tokens[0])
     with pytest.raises(ValueError, match="a gemma2 model has no official layout"):
         pb.export(model, tokenizer, tmp_path / "official", "official")
@@ -137,7 +120,7 @@ def test_published_files_become_standalone(official_directory: Path, tmp_path: P
     model, tokenizer = pb.load(official_directory)
     pb.export(model, tokenizer, tmp_path / "standalone", "standalone")
     arguments = {"max_new_tokens": 8, "do_sample": False}
-    name, tokens, mask = run_without_parablock(tmp_path / "standalone", [1, 2, 3], arguments, tmp_path)
+    name, tokens, mask = answer_without_parablock(tmp_path / "standalone", [1, 2, 3], arguments, tmp_path)
     expected = pb.generate(model, [1, 2, 3], pb.DecodeConfig(max_new_tokens=8)).tokens[0]
     assert (name, tokens, mask) == ("BlockDiffusionForCausalLM", expected, 151665)
     for layout in ("official", "stock"):
