@@ -68,18 +68,18 @@ def plot_denoising(path: Path, tokenizer: Any, prompt_length: int, steps: Sequen
 
 
 def plot_losses(path: Path, log: Sequence[dict[str, float]], title: str) -> None:
-    """The loss of every logged step, and the tokens per forward of the checks where there are any."""
+    """The loss of every logged step, and what the checks found where there are any."""
     plt = _pyplot()
     figure, left = plt.subplots(figsize=(6, 3.4), layout="constrained")
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     left.plot(*zip(*losses, strict=True), color=BLUE)
     left.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     left.grid(alpha=0.25)
-    checks = [(entry["step"], entry["tokens_per_forward"]) for entry in log if "tokens_per_forward" in entry]
-    if checks:
-        right = left.twinx()
-        right.plot(*zip(*checks, strict=True), "o-", color=ORANGE)
-        right.set_ylabel("tokens per forward", color=ORANGE)
+    for found, name in (("tokens_per_forward", "tokens per forward"), ("accepted", "accepted drafts per cycle")):
+        if checks := [(entry["step"], entry[found]) for entry in log if found in entry]:
+            right = left.twinx()
+            right.plot(*zip(*checks, strict=True), "o-", color=ORANGE)
+            right.set_ylabel(name, color=ORANGE)
     _write(figure, path)
 
 
