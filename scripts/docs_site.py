@@ -23,6 +23,7 @@ PAGES = {
     ROOT / "CONTRIBUTING.md": "contributing.md",
     ROOT / "CHANGELOG.md": "changelog.md",
     ROOT / "parablock" / "bundled" / "README.md": "bundled.md",
+    ROOT / "parablock" / "bundled" / "smollm2" / "README.md": "smollm2.md",
     **{path: path.name for path in sorted(DOCS.glob("*.md"))},
 }
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\]\([^)]*\))*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
