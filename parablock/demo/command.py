@@ -47,6 +47,7 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     if real is not None:
         commands.insert(0, (f"parablock chat --model {config.model}", "talk to the real model"))
     console.print("next:")
+    width = max(len(command) for command, _ in commands)
     for command, what in commands:
-        console.print(f"  {command:38s}{what}")
+        console.print(f"  {command:{width}s}  {what}")
     return report

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback
 
 from parablock.checkpoints.load import load
 from parablock.checkpoints.look import BUNDLED
 from parablock.data.chat import IGNORE, Sample, encode_chat
 from parablock.demo.config import DemoConfig
+from parablock.demo.progress import bar
 from parablock.diffusion.gate import attach, new_gate
 from parablock.settings import Model
 from parablock.training.config import AdaptConfig
+from parablock.training.draft_check import DraftCheck
+from parablock.training.trainer import padding_token, train
 
 ANSWERS = BUNDLED / "smollm2_answers.jsonl"  # the model's own, made by scripts/demo_answers.py
-CHECKS = 10  # how often the drafts are checked
+CHECKS = 6  # how often the drafts are checked
 FIRST_STEPS = 4  # trained first, to know what a step takes on this machine
 RECIPE = AdaptConfig(
     model="the demo's", data=ANSWERS.name, context="causal", draft_tokens=3, anchors=32, lora_rank=32, lora_alpha=32,
@@ -43,70 +46,69 @@ class Live:
 
 def train_live(config: DemoConfig, held_out: Sequence[tuple[list[int], list[int]]], console: Console) -> Live:
     """Train a new adapter for `live_minutes`; it is checked on `held_out`, prompts with the model's answers."""
-    from transformers import TrainerCallback
-
-    from parablock.training.draft_check import DraftCheck
-    from parablock.training.trainer import padding_token, train
-
-    model, tokenizer = load(config.ar)
-    attach(model, new_gate(model, draft_tokens=RECIPE.draft_tokens, rank=RECIPE.lora_rank, alpha=RECIPE.lora_alpha))
-    live, samples = Live(model), _samples(tokenizer)
-    budget, started, accepted = 60 * config.live_minutes, time.perf_counter(), 0.0
+    with console.status("loading the model and its answers"):
+        model, tokenizer = load(config.ar)
+        gate = new_gate(model, draft_tokens=RECIPE.draft_tokens, rank=RECIPE.lora_rank, alpha=RECIPE.lora_alpha)
+        attach(model, gate)
+        samples = _samples(tokenizer)
     console.print(
         f"[bold]2 An adapter, trained here and now[/] for {config.live_minutes:g} min on {len(samples)} answers of the "
-        "model itself. Its masks draft the next tokens; the model's own weights stay as they are. Checked on the "
-        "answers above, which it never learns from:"
+        "model: its masks learn to draft the next tokens, the model's own weights stay as they are. It is checked on "
+        "the answers above, which it does not learn from:"
     )
-
-    def checked(step: int, found: dict[str, float]) -> None:
-        nonlocal accepted
-        accepted = found["accepted"]
-
-    def logged(step: int, logs: dict[str, float]) -> None:
-        if "loss" in logs:
-            note(live.steps, logs["loss"])
-
-    def note(step: int, loss: float | None) -> None:
-        seconds = time.perf_counter() - started
-        per_forward = 1 + accepted
-        live.log.append({"step": step, "seconds": seconds, "tokens_per_forward": per_forward})
-        if loss is not None:
-            live.log[-1]["loss"] = loss
-        told = "" if loss is None else f"loss {loss:4.2f}"
-        rise = "█" * round(20 * accepted)
-        console.print(f"  {seconds:4.0f} s  step {step:4d}  {told:9s}  tokens per forward {per_forward:4.2f} {rise}")
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            live.steps += 1
-            bar.update(task, completed=min(budget, time.perf_counter() - started))
-            if time.perf_counter() - started > 1.15 * budget:  # a slow stretch must not make the demo late
-                control.should_training_stop = True
-
-    def run(steps: int, recipe: AdaptConfig, *callbacks: Any) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            train(
-                model, tokenizer, samples, replace(recipe, steps=steps), scratch, progress=logged,
-                callbacks=[Clock(), *callbacks],
-            )  # fmt: skip
-
     padding = padding_token(model, tokenizer, RECIPE)
-    answers = [Sample(p + a, [IGNORE] * len(p) + a) for p, a in held_out]
-    columns = TextColumn("  training"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=budget)
-        check = DraftCheck(model, answers, RECIPE, padding, checked)
-        check.check(0)
-        note(0, None)
-        check_seconds = began = time.perf_counter() - started
-        run(FIRST_STEPS, replace(RECIPE, seed=1, log_every=FIRST_STEPS + 1))
-        step_seconds = (time.perf_counter() - started - began) / FIRST_STEPS
-        left = budget - (time.perf_counter() - started) - CHECKS * check_seconds
-        steps = max(CHECKS, int(left / step_seconds))
-        recipe = replace(RECIPE, seed=config.seed, log_every=steps // CHECKS, check_every=steps // CHECKS)
-        run(steps, recipe, DraftCheck(model, answers, recipe, padding, checked))
-    live.seconds = time.perf_counter() - started
-    return live
+    answers = [Sample(prompt + answer, [IGNORE] * len(prompt) + answer) for prompt, answer in held_out]
+    with bar(console) as progress:
+        clock = _Clock(Live(model), 60 * config.live_minutes, progress, console)
+
+        def run(steps: int, seed: int, checks: int) -> None:
+            every = steps // checks
+            recipe = replace(RECIPE, steps=steps, seed=seed, check_every=every, log_every=every)
+            check = DraftCheck(model, answers, replace(recipe, anchors=RECIPE.anchors // 2), padding, clock.checked)
+            with tempfile.TemporaryDirectory() as scratch:
+                train(model, tokenizer, samples, recipe, scratch, progress=clock.logged, callbacks=[clock, check])
+
+        run(FIRST_STEPS, seed=config.seed + 1, checks=1)  # with one check: so its time is in the estimate
+        a_step = clock.seconds / (FIRST_STEPS + 1)
+        run(max(CHECKS, int((clock.budget - clock.seconds) / a_step)), seed=config.seed, checks=CHECKS)
+    clock.live.seconds = clock.seconds
+    return clock.live
+
+
+class _Clock(TrainerCallback):
+    """Stops a training that is late, and tells what the checks found."""
+
+    def __init__(self, live: Live, budget: float, progress: Any, console: Console) -> None:
+        self.live, self.budget, self.progress, self.console = live, budget, progress, console
+        self.task = progress.add_task("training, seconds", total=round(budget))
+        self.accepted = 0.0
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.started
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count; a slow stretch must not make the demo late."""
+        self.live.steps += 1
+        self.progress.update(self.task, completed=round(min(self.seconds, self.budget)))
+        control.should_training_stop |= self.seconds > 1.15 * self.budget
+
+    def checked(self, step: int, found: dict[str, float]) -> None:
+        """Drafts accepted on the held-out answers: a forward makes as many tokens, and one more."""
+        self.accepted = found["accepted"]
+
+    def logged(self, step: int, logs: dict[str, float]) -> None:
+        """After the check of the same step."""
+        if "loss" not in logs:
+            return
+        entry = {"loss": logs["loss"], "tokens_per_forward": 1 + self.accepted}
+        self.live.log.append({"step": self.live.steps, "seconds": self.seconds, **entry})
+        self.console.print(
+            f"  {self.seconds:4.0f} s  step {self.live.steps:4d}  loss {logs['loss']:5.2f}  "
+            f"tokens per forward {1 + self.accepted:4.2f} {'█' * round(40 * self.accepted)}"
+        )
 
 
 def _samples(tokenizer: Any) -> list[Sample]:

@@ -39,17 +39,14 @@ class DraftCheck(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every `check_every` steps."""
-        if state.global_step % self.config.check_every == 0 and self.batches:
-            self.check(state.global_step)
-
-    def check(self, step: int) -> None:
-        """Log the drafts accepted, in the mean, in all and by position."""
+        if state.global_step % self.config.check_every or not self.batches:
+            return
         training = self.model.training
         self.model.eval()
         shares = torch.cat([self._accepted(batch) for batch in self.batches]).float().mean(0).tolist()
         self.model.train(training)
         by_place = {f"accepted_{place}": share for place, share in enumerate(shares, start=1)}
-        self.log(step, {"accepted": sum(shares), **by_place})
+        self.log(state.global_step, {"accepted": sum(shares), **by_place})
 
     def _accepted(self, batch: dict[str, Tensor]) -> Tensor:
         """Within a call of the model, so that FSDP has its weights together."""
