@@ -81,7 +81,7 @@ def test_where_answers_part_is_told_with_the_scores() -> None:
     model, tokenizer = load("bundled-ar")
     said, other = ([tokenizer(text)["input_ids"][0] for text in texts] for texts in (("1", "2"), ("1", "3")))
     told = _parting(model, tokenizer, [5, 6], said, other)
-    assert told.startswith("token 2 is '3' for '2', whose scores are ")
+    assert told.startswith("token 2 is '3' for '2': their scores are ")
     assert "float32 rounds there to" in told
 
 

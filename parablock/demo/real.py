@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ def show_real(config: DemoConfig, console: Console) -> dict[str, Any] | None:
     live = train_live(config, held_out, console) if config.live_minutes > 0 else None
     model, _ = load(config.model)
     drafts = DecodeConfig(mode="speculative", max_new_tokens=config.max_new_tokens)
-    steps = _draft(model, ar, tokenizer, asked, held_out, drafts, console)
+    steps = _draft(config, model, ar, tokenizer, asked, held_out, drafts, console)
     decoders = [Contender("autoregressive", ar, decode), Contender("drafts looked up, no adapter", ar, drafts)]
     if live is not None:
         decoders.append(Contender(f"adapter of {live.seconds / 60:.1f} min", live.model, drafts))
@@ -88,25 +90,25 @@ def _answer(
 ) -> list[GenerateOutput]:  # fmt: skip
     """The model's own answers, printed as they come."""
     size = sum(p.numel() for p in ar.parameters()) / 1e6
-    dtype = str(ar.dtype).removeprefix("torch.")
     console.print(
-        f"[bold]1 A real model[/] of {size:.0f}M parameters, in {dtype}: {len(asked)} questions, answers of at most "
-        f"{decode.max_new_tokens} tokens, autoregressive: one token per forward"
+        f"[bold]1 A real model[/] of {size:.0f}M parameters, in {_dtype(ar)}: {len(asked)} questions, answers of at "
+        f"most {decode.max_new_tokens} tokens, autoregressive: one token per forward"
     )
     said = []
     for question, prompt in zip(asked.values(), prompts, strict=True):
-        console.print(Text(f"> {question}", style="bold"), soft_wrap=True)
+        console.print(Text(f"> {question}", style="bold"))
         with console.status("answering"):
             said.append(generate(ar, prompt, decode))
-        _print_short(Text(tokenizer.decode(said[-1].tokens[0], skip_special_tokens=True), style="dim"), console)
+        text = tokenizer.decode(said[-1].tokens[0], skip_special_tokens=True)
+        _print_short(Text(_in_line(text), style="dim"), console)
     tokens, seconds = sum(out.new_tokens for out in said), sum(out.seconds for out in said)
     console.print(f"{tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s\n")
     return said
 
 
 def _draft(
-    model: Model, ar: Model, tokenizer: Any, asked: dict[str, str], held_out: Sequence[tuple[list[int], list[int]]],
-    drafts: DecodeConfig, console: Console,
+    config: DemoConfig, model: Model, ar: Model, tokenizer: Any, asked: dict[str, str],
+    held_out: Sequence[tuple[list[int], list[int]]], drafts: DecodeConfig, console: Console,
 ) -> list[Step]:  # fmt: skip
     """The same questions with the bundled adapter; returns the steps of the first answer."""
     first, second = BY_FORWARD
@@ -115,23 +117,40 @@ def _draft(
         f"forward (those of one forward are [{first}]green[/], of the next [{second}]blue[/])"
     )
     shown: list[Step] = []
-    partings, same = [], 0
+    parted: list[list[int]] = []
     for question, (prompt, said) in zip(asked.values(), held_out, strict=True):
-        steps, text = _watch(model, tokenizer, prompt, drafts)
+        with console.status("answering"):
+            steps, text = _watch(model, tokenizer, prompt, drafts)
         shown = shown or steps
         tokens, forwards = steps[-1].tokens(), max(1, int(steps[-1].decode_forwards[0]))
-        told = f"{len(tokens)} tokens in {forwards} forwards, {len(tokens) / forwards:.2f} each"
-        console.print(Text(f"> {question}", style="bold"), soft_wrap=True)
+        console.print(Text(f"> {question}", style="bold"))
         _print_short(text, console)
-        console.print(f"    [dim]{told}[/]")
-        same += tokens == said
+        told = f"{len(tokens)} tokens in {forwards} forwards, {len(tokens) / forwards:.2f} each"
         if tokens != said:
-            partings.append(_parting(ar, tokenizer, prompt, said, tokens))
-    console.print(f"[bold]{same} of {len(asked)}[/] answers are those of the model alone, token for token")
-    for parting in partings:
-        console.print(Text(f"    one differs: {parting}", style="dim"))
+            parted.append(prompt)
+            told += f"; {_parting(ar, tokenizer, prompt, said, tokens)}"
+        console.print(Padding(Text(told, style="dim"), (0, 4)))
+    console.print(
+        f"[bold]{len(asked) - len(parted)} of {len(asked)}[/] answers are those of the model alone, token for token."
+    )
+    if parted and ar.dtype != torch.float32:
+        same = _alike_in_float32(config, parted, drafts, console)
+        console.print(
+            f"Forwards of other widths round differently in {_dtype(ar)}: where two tokens are as good as equal, "
+            f"either may be said. In float32, {same} of the other {len(parted)} are the same, too."
+        )
     console.print()
     return shown
+
+
+def _alike_in_float32(config: DemoConfig, prompts: Sequence[list[int]], drafts: DecodeConfig, console: Console) -> int:
+    """How many of these answers are the same with the adapter and without where rounding plays no part."""
+    with console.status("the answers that differ, in float32"):
+        said = []
+        for name, decode in ((config.ar, replace(drafts, mode="autoregressive")), (config.model, drafts)):
+            model, _ = load(name, dtype="float32")
+            said.append([generate(model, prompt, decode).tokens for prompt in prompts])
+    return sum(mine == others for mine, others in zip(*said, strict=True))
 
 
 def _watch(model: Model, tokenizer: Any, prompt: list[int], drafts: DecodeConfig) -> tuple[list[Step], Text]:
@@ -141,16 +160,19 @@ def _watch(model: Model, tokenizer: Any, prompt: list[int], drafts: DecodeConfig
         steps.append(step)
         now = tokenizer.decode(step.tokens(), skip_special_tokens=True)
         if not now.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            text.append(now[len(shown) :], style=BY_FORWARD[number % 2])
+            text.append(_in_line(now[len(shown) :]), style=BY_FORWARD[number % 2])
             shown = now
     return steps, text
 
 
+def _in_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
 def _print_short(text: Text, console: Console) -> None:
     """An answer's beginning, on two lines."""
-    whole = Text(" ").join(line for line in text.split("\n") if line.plain.strip())
-    whole.truncate(2 * (console.width - 10), overflow="ellipsis")
-    console.print(Padding(whole, (0, 4)))
+    text.truncate(2 * (console.width - 14), overflow="ellipsis")
+    console.print(Padding(text, (0, 4), expand=False))
 
 
 @torch.inference_mode()
@@ -163,10 +185,13 @@ def _parting(ar: Model, tokenizer: Any, prompt: list[int], said: list[int], othe
     rounding = torch.finfo(ar.dtype).eps * 2.0 ** math.floor(math.log2(max(abs(mine), 1e-3)))
     words = [tokenizer.decode([token]) for token in (other[place], said[place])]
     return (
-        f"token {place + 1} is {words[0]!r} for {words[1]!r}, whose scores are {abs(mine - others):.2g} apart; "
-        f"{str(ar.dtype).removeprefix('torch.')} rounds there to {rounding:.2g}, and forwards of other widths round "
-        "differently"
+        f"token {place + 1} is {words[0]!r} for {words[1]!r}: their scores are {abs(mine - others):.2g} apart, "
+        f"{_dtype(ar)} rounds there to {rounding:.2g}"
     )
+
+
+def _dtype(model: Model) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _print_table(results: Sequence[Result], console: Console) -> None:
@@ -185,7 +210,11 @@ def _print_table(results: Sequence[Result], console: Console) -> None:
         )
     console.print(table)
     same = all(r.same_answers == 1 for r in results)
-    alike = "the same answers, token for token" if same else "the same answers but for ties of rounding (see report)"
+    alike = (
+        "the same answers, token for token"
+        if same
+        else "the same answers but where rounding decides (report.json says where)"
+    )
     console.print(f"With the bundled adapter: [bold]{results[-1].speed_up:.1f}x[/] as fast, {alike}.\n")
 
 
