@@ -59,7 +59,7 @@ def plot_denoising(path: Path, tokenizer: Any, prompt_length: int, steps: Sequen
         x, y = i % columns, -(i // columns)
         shade = shades[order[i]]
         axis.add_patch(plt.Rectangle((x, y), 0.96, 0.9, color=shade))
-        dark = shade[:3].mean() < 0.55
+        dark = shade[:3] @ (0.3, 0.6, 0.1) < 0.55
         ink = {"color": "w" if dark else "k", "parse_math": False}
         axis.text(x + 0.48, y + 0.52, word[:9], ha="center", va="center", fontsize=9, **ink)
         axis.text(x + 0.92, y + 0.08, order[i], ha="right", va="bottom", fontsize=6, **ink)

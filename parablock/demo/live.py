@@ -5,13 +5,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback
 
 from parablock.checkpoints.load import load
-from parablock.checkpoints.look import BUNDLED
 from parablock.data.chat import IGNORE, Sample, encode_chat
 from parablock.demo.config import DemoConfig
 from parablock.demo.progress import bar
@@ -21,7 +21,8 @@ from parablock.training.config import AdaptConfig
 from parablock.training.draft_check import DraftCheck
 from parablock.training.trainer import padding_token, train
 
-ANSWERS = BUNDLED / "smollm2_answers.jsonl"  # the model's own, made by scripts/demo_answers.py
+# the model's own, made by scripts/demo_answers.py
+ANSWERS = Path(__file__).parents[1] / "bundled" / "smollm2_answers.jsonl"
 CHECKS = 6  # how often the drafts are checked
 FIRST_STEPS = 4  # trained first, to know what a step takes on this machine
 RECIPE = AdaptConfig(

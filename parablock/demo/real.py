@@ -67,10 +67,8 @@ def show_real(config: DemoConfig, console: Console) -> dict[str, Any] | None:
     results = [measure(decoder, mine, outputs[0]) for decoder, mine in zip(decoders, outputs, strict=True)]
     _print_table(results, console)
     _draw(config, asked, results, outputs, live)
-    forwards = int(steps[-1].decode_forwards[0])
-    title = (
-        f"{next(iter(asked.values()))}  {len(steps[-1].tokens())} tokens in {forwards} forwards (numbers: which one)"
-    )
+    took = f"{len(steps[-1].tokens())} tokens in {len(steps)} forwards (numbers: which one settled the token)"
+    title = f"{next(iter(asked.values()))}\n{took}"
     plot_denoising(config.folder / "answer.png", tokenizer, len(prompts[0]), steps, title)
     return {
         "results": [result.as_dict() for result in results],
@@ -225,7 +223,7 @@ def _draw(
     by_question = [[out.tokens_per_forward for out in mine] for mine in outputs]
     plot_decoders(config.folder / "decoders.png", results, list(asked), by_question)
     if live is not None:
-        plot_losses(config.folder / "live.png", live.log, "an adapter trained live, on held-out answers")
+        plot_losses(config.folder / "live.png", live.log, "an adapter trained live, checked on other answers")
 
 
 def _told(
