@@ -15,7 +15,7 @@ from rich.console import Console
 
 import parablock as pb
 from parablock.bench.compare import compare
-from parablock.demo import CHOSEN, contenders, draw_pictures, name_of, print_table
+from parablock.demo.puzzles import CHOSEN, contenders, draw_pictures, name_of, print_table
 from parablock.evals.word_problems import test_problems
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     problems = test_problems(args.seed, args.problems)
     diffusion, tokenizer = pb.load("bundled", device="cpu")
     ar, _ = pb.load("bundled-ar", device="cpu")
-    decoders = contenders(ar, diffusion, None, tokenizer, problems[0], console)
+    decoders = contenders(ar, diffusion, tokenizer, problems[0], console)
     results = compare(decoders, tokenizer, problems)
     print_table(results, console)
     prompts = common.questions(tokenizer, problems[:30])

@@ -106,20 +106,19 @@ def web_app(
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Which test problems: every seed gives a fresh set.")] = 1,
-    problems: Annotated[int | None, typer.Option(help="How many test problems. Default: 100; 30 with --quick.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Adapt for one minute, 30 problems.")] = False,
-    bundled: Annotated[bool, typer.Option("--bundled", help="Skip the live adaptation.")] = False,
+    problems: Annotated[int | None, typer.Option(help="How many test problems. Default: 50; 15 with --quick.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes: fewer questions, less training.")] = False,
+    live: Annotated[bool, typer.Option("--live/--no-live", help="Train an adapter before your eyes.")] = True,
     folder: Annotated[Path, typer.Option(help="Where the plots and the report go.")] = Path("parablock-demo"),
     report: Annotated[Path | None, typer.Option(help="The JSON report. Default: report.json in the folder.")] = None,
 ) -> None:
-    """Watch a small AR model become a block-diffusion model, and compare the two."""
+    """Watch a real model answer several tokens at a time, word for word, and what block diffusion adds."""
     from rich.console import Console
 
-    from parablock.demo import DemoConfig, run_demo
+    from parablock.demo.command import run_demo
+    from parablock.demo.config import sized
 
-    count = (30 if quick else 100) if problems is None else problems
-    minutes = 0.0 if bundled else 1.0 if quick else 3.0
-    run_demo(DemoConfig(seed, count, minutes, folder, report), Console(highlight=False))
+    run_demo(sized(seed, problems, quick, live, folder, report), Console(highlight=False))
 
 
 @app.command()

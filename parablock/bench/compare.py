@@ -1,6 +1,6 @@
-"""Decoders side by side: the same problems, one request at a time, in turns, each decoder at its own best setting.
+"""Decoders side by side: the same prompts, one request at a time, in turns, each decoder at its own best setting.
 
-Speed is compared only within one run: every problem is solved by every contender before the next problem, in an order
+Speed is compared only within one run: every prompt is answered by every contender before the next prompt, in an order
 that rotates, so that whatever else the machine does hits all of them alike.
 """
 
@@ -31,15 +31,13 @@ class Result:
     """One contender's row of the table.
 
     `tokens_per_second`: response tokens over seconds, prefill included, ratio of sums (tps per request). `speed_up`:
-    median over problems of (first contender's seconds per token / this one's), with its quartiles in `speed_up_range`.
+    median over prompts of (first contender's seconds per token / this one's), with its quartiles in `speed_up_range`.
     `same_answers`: the share of answers that are the first contender's, token for token.
     """
 
     name: str
     dtype: str
-    problems: int
-    accuracy: float
-    standard_error: float
+    prompts: int
     tokens_per_second: float
     tokens_per_forward: float
     milliseconds_per_forward: float
@@ -52,17 +50,20 @@ class Result:
         return asdict(self)
 
 
-def compare(
-    contenders: Sequence[Contender],
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> list[Result]:
-    """Let every contender solve every problem, batch 1; speed-ups are relative to the first contender."""
+@dataclass(frozen=True)
+class Solved(Result):
+    """The same where answers are right or wrong."""
+
+    accuracy: float
+    standard_error: float
+
+
+def take_turns(
+    contenders: Sequence[Contender], prompts: Sequence[list[int]], progress: Callable[[int], None] | None = None
+) -> list[list[GenerateOutput]]:
+    """Let every contender answer every prompt, batch 1; `progress(done)` after every prompt."""
     outputs: list[list[GenerateOutput]] = [[] for _ in contenders]
-    for number, problem in enumerate(problems):
-        prompt = encode_prompt(tokenizer, problem.messages()[:1])
+    for number, prompt in enumerate(prompts):
         for turn in range(len(contenders)):
             which = (number + turn) % len(contenders)
             contender = contenders[which]
@@ -71,21 +72,11 @@ def compare(
             outputs[which].append(generate(contender.model, prompt, contender.config))
         if progress:
             progress(number + 1)
-    return [
-        _result(contender, tokenizer, problems, mine, outputs[0])
-        for contender, mine in zip(contenders, outputs, strict=True)
-    ]
+    return outputs
 
 
-def _result(
-    contender: Contender,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    outputs: list[GenerateOutput],
-    baseline: list[GenerateOutput],
-) -> Result:
-    right = [is_correct(tokenizer, o.tokens[0], p) for o, p in zip(outputs, problems, strict=True)]
-    accuracy = statistics.mean(right)
+def measure(contender: Contender, outputs: Sequence[GenerateOutput], baseline: Sequence[GenerateOutput]) -> Result:
+    """A contender's row; speed-ups are relative to `baseline`."""
     tokens = sum(o.new_tokens for o in outputs)
     seconds = sum(o.seconds for o in outputs)
     ratios = sorted(o.tokens_per_second / b.tokens_per_second for o, b in zip(outputs, baseline, strict=True))
@@ -93,9 +84,7 @@ def _result(
     return Result(
         name=contender.name,
         dtype=str(contender.model.dtype).removeprefix("torch."),
-        problems=len(problems),
-        accuracy=accuracy,
-        standard_error=(accuracy * (1 - accuracy) / len(problems)) ** 0.5,
+        prompts=len(outputs),
         tokens_per_second=tokens / seconds,
         tokens_per_forward=tokens / max(1, sum(sum(o.decode_forwards) for o in outputs)),
         milliseconds_per_forward=1000 * seconds / sum(o.forwards for o in outputs),
@@ -103,6 +92,25 @@ def _result(
         speed_up_range=(quartiles[0], quartiles[2]),
         same_answers=statistics.mean(o.tokens == b.tokens for o, b in zip(outputs, baseline, strict=True)),
     )
+
+
+def compare(
+    contenders: Sequence[Contender],
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[Solved]:
+    """Let every contender solve every problem; speed-ups are relative to the first contender."""
+    prompts = [encode_prompt(tokenizer, problem.messages()[:1]) for problem in problems]
+    outputs = take_turns(contenders, prompts, progress)
+    results = []
+    for contender, mine in zip(contenders, outputs, strict=True):
+        accuracy = statistics.mean(is_correct(tokenizer, o.tokens[0], p) for o, p in zip(mine, problems, strict=True))
+        error = (accuracy * (1 - accuracy) / len(problems)) ** 0.5
+        speed = measure(contender, mine, outputs[0])
+        results.append(Solved(**vars(speed), accuracy=accuracy, standard_error=error))
+    return results
 
 
 def fastest(models: Sequence[Any], config: DecodeConfig, prompt: list[int], *, repeats: int = 5) -> Any:

@@ -1,4 +1,4 @@
-"""Plots of a comparison: what a threshold costs and gives, and the order in which one answer was revealed."""
+"""Plots of comparisons and runs: thresholds, decoders, the order in which one answer was revealed, losses, loads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from parablock.bench.compare import Result
+from parablock.bench.compare import Result, Solved
 from parablock.decoding.generate import Step
 from parablock.settings import require_library
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 
 
-def plot_thresholds(path: Path, thresholds: Sequence[float], results: Sequence[Result], baseline: Result) -> None:
+def plot_thresholds(path: Path, thresholds: Sequence[float], results: Sequence[Solved], baseline: Solved) -> None:
     """Accuracy (with standard errors) and tokens per second against the threshold, AR as dashed lines."""
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -59,11 +59,36 @@ def plot_denoising(path: Path, tokenizer: Any, prompt_length: int, steps: Sequen
         x, y = i % columns, -(i // columns)
         shade = shades[order[i]]
         axis.add_patch(plt.Rectangle((x, y), 0.96, 0.9, color=shade))
-        dark = shade[:3].mean() < 0.55
-        axis.text(x + 0.48, y + 0.52, word[:9], ha="center", va="center", fontsize=9, color="w" if dark else "k")
-        axis.text(x + 0.92, y + 0.08, order[i], ha="right", va="bottom", fontsize=6, color="w" if dark else "k")
+        dark = shade[:3] @ (0.3, 0.6, 0.1) < 0.55
+        ink = {"color": "w" if dark else "k", "parse_math": False}
+        axis.text(x + 0.48, y + 0.52, word[:9], ha="center", va="center", fontsize=9, **ink)
+        axis.text(x + 0.92, y + 0.08, order[i], ha="right", va="bottom", fontsize=6, **ink)
     axis.set(xlim=(0, columns), ylim=(1 - rows, 1), title=title)
     axis.axis("off")
+    _write(figure, path)
+
+
+def plot_decoders(
+    path: Path, results: Sequence[Result], kinds: Sequence[str], by_kind: Sequence[Sequence[float]]
+) -> None:
+    """Speed of every decoder, with its quartiles over the questions; tokens per forward by kind of question."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(2, 3))
+    shades = [*(GREY, "#90cdf4", BLUE)[: len(results) - 1], ORANGE]
+    for place, (r, shade) in enumerate(zip(results, shades, strict=True)):
+        low, high = r.speed_up_range
+        spread = [[max(0.0, r.speed_up - low)], [max(0.0, high - r.speed_up)]]
+        left.barh(-place, r.speed_up, color=shade, xerr=spread if place else None, capsize=3)
+        left.text(0.04, -place, f"{r.tokens_per_second:.0f} tokens/s", va="center", color="w" if shade == BLUE else "k")
+        middle = (place - (len(results) - 1) / 2) * 0.8 / len(results)
+        places = [number + middle for number in range(len(kinds))]
+        right.bar(places, by_kind[place], 0.8 / len(results), color=shade, label=r.name)
+    left.set_yticks([-place for place in range(len(results))], [r.name for r in results])
+    left.set(xlabel="times as fast as AR (median, quartiles)", title="Speed, the same answers")
+    right.set_xticks(range(len(kinds)), kinds, rotation=20)
+    right.set(ylabel="tokens per forward", title="By question")
+    right.set_ylim(top=1.3 * max(max(mine) for mine in by_kind))
+    right.legend(loc="upper left", ncols=2, frameon=False, fontsize=8)
     _write(figure, path)
 
 
