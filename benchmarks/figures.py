@@ -131,6 +131,33 @@ def speed_ups(sizes: dict[str, Any], requests: int, prompt_tokens: int) -> dict[
     }  # fmt: skip
 
 
+def by_kind(rows: list[dict[str, Any]], drafters: list[str]) -> dict[str, dict[str, pd.Series]]:
+    """Tokens per forward of every answer, by kind of prompt, "all" last, and by drafter."""
+    kinds = sorted({row["kind"] for row in rows})
+    return {
+        kind: {
+            name: pd.Series(
+                [row["tokens"] / row["forwards"][name] for row in rows if kind in (row["kind"], "all")], index=[0] * of
+            )
+            for name in drafters
+        }
+        for kind, of in [*((kind, sum(row["kind"] == kind for row in rows)) for kind in kinds), ("all", len(rows))]
+    }
+
+
+def over_ar(runs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, float]:
+    """How many times as many tokens per second as autoregressive decoding, prompt by prompt: median and quartiles."""
+    rates = {which: np.array([run["tokens"] / run["seconds"] for run in runs[which]]) for which in ("AR", name)}
+    median, low, high = quartiles(rates[name] / rates["AR"])
+    return {"median": median, "low": low, "high": high}
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """The median, and the quartiles around it."""
+    low, median, high = np.percentile(list(values), [25, 50, 75])
+    return float(median), float(low), float(high)
+
+
 def recipes(runs: list[dict[str, Any]], mode: str) -> pd.DataFrame:
     """Which problems the run of every seed solved, by variant of the recipe; their order is not known."""
     return pd.DataFrame({

@@ -1,13 +1,13 @@
 """SmolLM2-135M-Instruct, speculative: against autoregressive decoding, and against other programs.
 
     python benchmarks/smollm2.py                       # all parts, some 40 minutes on two cores
-    python benchmarks/smollm2.py answers               # some of them
+    python benchmarks/smollm2.py held-out              # some of them
     python benchmarks/smollm2.py others --gguf FILE    # llama.cpp, too, if llama-cpp-python is installed
 
-- answers: 100 prompts of ten kinds that the adapter never saw, float32: are the answers the autoregressive ones, and
+- held-out: 100 prompts of ten kinds that the adapter never saw, float32: are the answers the autoregressive ones, and
   how many tokens does a forward make, by kind and by drafter, where every forward drafts;
-- speed: one request at a time, in the fastest dtype, eager and compiled: how much faster than autoregressive decoding;
-- load: 1 to 32 requests in flight;
+- alone: one request at a time, in the fastest dtype, eager and compiled: how much faster than autoregressive decoding;
+- in-flight: 1 to 32 requests in flight;
 - others: the same prompts by transformers' `generate` (plain, and with prompt lookup) and by llama.cpp.
 
 Each part writes `benchmarks/results/smollm2-<part>.json`. Prompts: `benchmarks/smollm2_prompts.jsonl`.
@@ -49,7 +49,7 @@ def prompts(tokenizer: Any, of_kind: int = 10) -> list[tuple[str, list[int]]]:
     return [(kind, ids) for kind, rows in sorted(by_kind.items()) for ids in rows[:of_kind]]
 
 
-def answers(args: argparse.Namespace) -> dict[str, Any]:
+def held_out(args: argparse.Namespace) -> dict[str, Any]:
     """Every prompt by every drafter, against autoregressive decoding."""
     model, tokenizer = pb.load("smollm2", device="cpu", dtype="float32")
     asked = prompts(tokenizer)
@@ -81,7 +81,7 @@ def _gap(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> f
     return first - second
 
 
-def speed(args: argparse.Namespace) -> dict[str, Any]:
+def alone(args: argparse.Namespace) -> dict[str, Any]:
     """One request at a time: seconds and forwards of every answer, all decoders in turns."""
     model, tokenizer = pb.load("smollm2", device="cpu")
     asked = prompts(tokenizer, of_kind=2)
@@ -115,7 +115,7 @@ def _timed(engine: pb.Engine, prompt: list[int], config: pb.DecodeConfig) -> tup
     return time.perf_counter() - began, out
 
 
-def load(args: argparse.Namespace) -> dict[str, Any]:
+def in_flight(args: argparse.Namespace) -> dict[str, Any]:
     """`parablock bench` of these prompts."""
     model, tokenizer = pb.load("smollm2", device="cpu")
     asked = [prompt for _, prompt in prompts(tokenizer)]
@@ -143,7 +143,8 @@ def others(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     runs["transformers bfloat16"] = _transformers(plain)
     runs["transformers bfloat16, prompt lookup"] = _transformers(plain, prompt_lookup_num_tokens=5)
-    runs |= _llama_cpp(args.gguf)
+    llama, version = _llama_cpp(args.gguf)
+    runs |= llama
     rates = defaultdict(list)
     for number, (kind, prompt) in enumerate([asked[0], *asked]):
         for name, run in runs.items():
@@ -152,7 +153,7 @@ def others(args: argparse.Namespace) -> dict[str, Any]:
             if number:  # the first warms up
                 rates[name].append(tokens / (time.perf_counter() - began))
         print(kind, {name: round(found[-1], 1) for name, found in rates.items()}, flush=True)
-    return {"threads": THREADS, "tokens_per_second": rates}
+    return {"threads": THREADS, "llama_cpp": version, "tokens_per_second": rates}
 
 
 def _parablock(engine: pb.Engine, config: pb.DecodeConfig) -> Callable[[list[int]], int]:
@@ -170,10 +171,10 @@ def _transformers(model: Any, **options: Any) -> Callable[[list[int]], int]:
     return run
 
 
-def _llama_cpp(gguf: Path | None) -> dict[str, Callable[[list[int]], int]]:
-    """The file as it is, and made again in bfloat16 and 8 bits."""
+def _llama_cpp(gguf: Path | None) -> tuple[dict[str, Callable[[list[int]], int]], str | None]:
+    """The file as it is, and made again in bfloat16 and 8 bits; the version of llama-cpp-python."""
     if gguf is None:
-        return {}
+        return {}, None
     import llama_cpp
 
     def runner(file: Path) -> Callable[[list[int]], int]:
@@ -196,11 +197,11 @@ def _llama_cpp(gguf: Path | None) -> dict[str, Callable[[list[int]], int]]:
         params.ftype, params.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), True
         made[f"llama.cpp {name}"] = Path(gguf.parent / f"{name}.gguf")
         llama_cpp.llama_model_quantize(str(gguf).encode(), str(made[f"llama.cpp {name}"]).encode(), params)
-    return {name: runner(file) for name, file in made.items()}
+    return {name: runner(file) for name, file in made.items()}, llama_cpp.__version__
 
 
 def main() -> None:
-    parts = {part.__name__: part for part in (answers, speed, load, others)}
+    parts = {part.__name__.replace("_", "-"): part for part in (held_out, alone, in_flight, others)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)}")
     parser.add_argument("--repeats", type=int, default=3)

@@ -2,7 +2,7 @@
 
     python scripts/bundle_smollm2.py runs/smollm2/adapter
 
-The card's figures of decoding are those of `benchmarks/smollm2.py answers`, which measures the adapter in the package:
+The card's figures of decoding are those of `benchmarks/smollm2.py held-out`, which measures the adapter in the package:
 run that, then this again.
 """
 
@@ -18,12 +18,12 @@ from parablock.checkpoints.checks import ADAPTER, ADAPTER_FIELDS, ADAPTER_TENSOR
 from parablock.checkpoints.look import BUNDLED
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "smollm2-answers.json"
+RESULTS = ROOT / "benchmarks" / "results" / "smollm2-held-out.json"
 CARD = """# Drafts for SmolLM2-135M-Instruct
 
 An adapter with which [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) (Apache-2.0,
-Hugging Face) drafts up to {draft_tokens} tokens in the forward that verifies the drafts before them. The model's own weights
-are not changed, and neither are its answers: they come in fewer forwards. LoRA (rank {rank}, on {targets})
+Hugging Face) drafts up to {draft_tokens} tokens in the forward that verifies the drafts before them. The model's own
+weights are not changed, and neither are its answers: they come in fewer forwards. LoRA (rank {rank}, on {targets})
 and {draft_tokens} mask embeddings, in PEFT's layout, which act at masked positions alone. Licence: Apache-2.0.
 
 ```python
@@ -52,13 +52,13 @@ DECODED = """
 ## What it does
 
 {count} prompts that it never saw, answers of up to 128 tokens, greedy, float32, {draft_tokens} drafts in every forward
-(`benchmarks/smollm2.py answers`): {equal} of {count} answers are the autoregressive ones token for token{ties}.
+(`benchmarks/smollm2.py held-out`): {equal} of {count} answers are the autoregressive ones token for token{ties}.
 
-| kind | masks and lookup | masks | lookup |
-|---|---|---|---|
+| | tokens per forward |
+|---|---|
 {table}
 
-Tokens per forward, with the standard error over prompts.
+With the standard error over prompts; by kind, and what it does to speed: [Performance](../../../docs/performance.md).
 
 ## What it is for
 
@@ -76,15 +76,10 @@ def mean(values: Sequence[float]) -> str:
 
 
 def decoded(report: dict[str, Any]) -> str:
-    """The card's second half, of what `benchmarks/smollm2.py answers` wrote."""
+    """The card's second half, of what `benchmarks/smollm2.py held-out` wrote."""
     rows = report["rows"]
     drafters = [name for name in rows[0]["forwards"] if name != "AR"]
-    kinds = sorted({row["kind"] for row in rows})
-    lines = []
-    for kind in [*kinds, "all"]:
-        of = [row for row in rows if kind in (row["kind"], "all")]
-        cells = [mean([row["tokens"] / row["forwards"][name] for row in of]) for name in drafters]
-        lines.append(" | ".join(["", kind, *cells, ""]).strip())
+    lines = [f"| {name} | {mean([row['tokens'] / row['forwards'][name] for row in rows])} |" for name in drafters]
     parted = [row["gap"][drafters[0]] for row in rows if row["gap"][drafters[0]] is not None]
     near = sum(gap <= report["near"] for gap in parted)
     return DECODED.format(

@@ -22,7 +22,8 @@ SHAPES = {  # from the checkpoints' config.json
     "bundled-ar": Shape(1.25e6, 6, 128, 640),
 }
 LORA = {  # of the recipes' ranks, on the layers that they name
-    "smollm2-ar": 6.27e6, "Qwen/Qwen2.5-0.5B-Instruct": 11.6e6, "Qwen/Qwen2.5-7B-Instruct": 40.4e6, "bundled-ar": 0.47e6,
+    "smollm2-ar": 6.27e6, "Qwen/Qwen2.5-0.5B-Instruct": 11.6e6, "Qwen/Qwen2.5-7B-Instruct": 40.4e6,
+    "bundled-ar": 0.47e6,
 }  # fmt: skip
 
 
