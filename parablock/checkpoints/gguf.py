@@ -54,15 +54,17 @@ def _convert(file: Path, header: Header, dtype: str, folder: Path) -> None:
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # without it nothing else is done than to dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet(), in_one_line(name):
-        config = transformers.AutoConfig.from_pretrained(**source)
-        _complete(config, header, file)
+    with _quiet():
+        with in_one_line(name):
+            config = transformers.AutoConfig.from_pretrained(**source)
+            _complete(config, header, file)
         check_architecture(config, name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            config=config, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True,
-            **options, **source,
-        )  # fmt: skip
+        with in_one_line(name):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                config=config, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True,
+                **options, **source,
+            )  # fmt: skip
         model, info = loaded
         check_loaded(name, model, info)
         _as_any_other(model, header)
@@ -100,6 +102,8 @@ def _complete(config: Any, header: Header, file: Path) -> None:
         config.sliding_window = header.own("attention.sliding_window")
     if header.architecture == "gpt2":
         config.n_positions, config.n_inner = header.own("context_length"), header.own("feed_forward_length")
+    if header.architecture == "qwen3moe":
+        config.moe_intermediate_size = header.own("expert_feed_forward_length") or config.moe_intermediate_size
     if LARGEST_GEMMA.get(header.architecture) == header.own("block_count"):
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
