@@ -26,15 +26,14 @@ GPT2 = {
     "vocab_size": TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96,
     "eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 # llama.cpp's name: (transformers', the config)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**SHAPE, **THETA}),
     "llama 3": ("llama", {**SHAPE, "rope_parameters": LLAMA3}),
     "qwen2": ("qwen2", {**SHAPE, **THETA}),
     "qwen3": ("qwen3", {**SHAPE, **THETA, "head_dim": 128, "tie_word_embeddings": True}),
-    "qwen3moe": ("qwen3_moe", {
-        **SHAPE, **THETA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
-    }),
+    "qwen3moe": ("qwen3_moe", {**SHAPE, **THETA, **EXPERTS}),
     "phi3": ("phi3", {**SHAPE, **THETA, "sliding_window": 12}),
     "starcoder2": ("starcoder2", {**SHAPE, **THETA, "sliding_window": None, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", GPT2),
@@ -129,8 +128,8 @@ def _tokenizer() -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": [w for w, _ in words],
         "tokenizer.ggml.token_type": [int(TokenType.CONTROL if i in special else TokenType.NORMAL) for _, i in words],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in content["model"]["merges"]],
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id, "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
-        "tokenizer.chat_template": tokenizer.chat_template,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id, "tokenizer.chat_template": tokenizer.chat_template,
     }  # fmt: skip
 
 
@@ -164,7 +163,9 @@ def _tensors(architecture: str, model: Any) -> list[tuple[str, np.ndarray]]:
             tensor = tensor.T
         if name.endswith("gate_up_proj"):  # of all experts: two tensors there
             gate, up = tensor.chunk(2, dim=1)
-            made += [(name.replace("gate_up_proj", "gate_proj"), gate), (name.replace("gate_up_proj", "up_proj"), up)]
+            made += [(name.replace("gate_up_proj", f"{own}_proj.weight"), t) for own, t in (("gate", gate), ("up", up))]
+        elif name.endswith("experts.down_proj"):
+            made.append((f"{name}.weight", tensor))
         else:
             made.append((name, tensor))
     return [(name, tensor.float().contiguous().numpy()) for name, tensor in made]
