@@ -97,6 +97,13 @@ def test_the_tokenizer(file: Path) -> None:
         assert tokenizer(text)["input_ids"] == own(text)["input_ids"]
 
 
+def test_a_tokenizer_of_single_digits(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", tokenizer__ggml__pre="smollm")
+    _, tokenizer = pb.load(tmp_path / "model.gguf")
+    pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("is  47")]
+    assert pieces == ["is", "ĠĠ", "4", "7"]
+
+
 def test_it_is_converted_once(file: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pb.load(file)
     assert capfd.readouterr().err.splitlines()[0] == f"parablock: reading tiny.gguf (once; it is kept in {cache})"

@@ -169,7 +169,7 @@ def test_a_deadline_and_a_port_that_is_taken(tmp_path: Path) -> None:
         served.wait_until_idle()
         assert served.metric("parablock_requests_total", outcome="error") == 2
 
-        taken = run("serve", "--port", served.url.rsplit(":", 1)[1])
+        taken = run("serve", "bundled", "--port", served.url.rsplit(":", 1)[1])
         assert (taken.returncode, len(taken.stderr.splitlines())) == (2, 1)
         assert "--port" in taken.stderr
         served.process.send_signal(signal.SIGTERM)  # nothing is running
@@ -209,7 +209,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written() -> None:
     port = free_port()
-    with start("serve", "--port", port, stderr="/dev/full") as process:
+    with start("serve", "bundled", "--port", port, stderr="/dev/full") as process:
         ends_at = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < ends_at:
             try:

@@ -15,6 +15,7 @@ from parablock.settings import Model
 
 VERSION = 1  # of what is written below; entries of another are made again
 DTYPES = ("float32", "bfloat16", "float16")
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "command-r", "exaone")  # tokenizers that split numbers
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores have a scale of their own
 
 
@@ -68,6 +69,8 @@ def _convert(file: Path, header: Header, dtype: str, folder: Path) -> None:
         model, info = loaded
         check_loaded(name, model, info)
         _as_any_other(model, header)
+        if header.fields.get("tokenizer.ggml.pre") in SINGLE_DIGITS:
+            _split_numbers(tokenizer)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -128,6 +131,15 @@ def _as_any_other(model: Model, header: Header) -> None:
     ends = {header.fields[f"tokenizer.ggml.{name}"] for name in names if f"tokenizer.ggml.{name}" in header.fields}
     if len(ends) > 1:
         model.config.eos_token_id = model.generation_config.eos_token_id = sorted(ends)
+
+
+def _split_numbers(tokenizer: Any) -> None:
+    """Digits stand alone before anything else is split, which transformers leaves out."""
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
 
 
 @contextmanager
