@@ -112,7 +112,7 @@ def test_the_command_on_a_shape(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments(args: list[str], message: str) -> None:
-    out = run("bench", *args)
+    out = run("bench", "bundled", *args)
     assert out.returncode == 2
     assert message in out.stderr
     assert out.stderr.count("\n") == 1

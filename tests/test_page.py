@@ -304,8 +304,8 @@ def test_a_page_whose_server_cannot_start_says_why(tmp_path: Path) -> None:
 def test_wrong_options_are_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for args, says in (
-            (["--port", 0], "port=0"),
-            (["--port", taken.getsockname()[1]], "choose another with --port"),
+            (["bundled", "--port", 0], "port=0"),
+            (["bundled", "--port", taken.getsockname()[1]], "choose another with --port"),
             (["--url", "http://127.0.0.1:9", "--port", free_port()], "parablock serve"),
             (["--url", "nonsense", "--port", free_port()], "url='nonsense'"),
             (["--url", "http://127.0.0.1:9", "--dtype", "int8"], "start it with --dtype instead"),
