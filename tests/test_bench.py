@@ -68,7 +68,9 @@ def test_cases_and_speed_ups() -> None:
 
 
 def test_the_command_on_the_bundled_models(tmp_path: Path) -> None:
-    out = run("bench", "--concurrency", "1,2", "--repeats", 1, "--requests", 2, "--folder", tmp_path, cold=True)
+    out = run(
+        "bench", "bundled", "--concurrency", "1,2", "--repeats", 1, "--requests", 2, "--folder", tmp_path, cold=True
+    )
     assert out.returncode == 0, out.stderr
     report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
     assert [row["mode"] for row in report["rows"]] == ["autoregressive", "diffusion"] * 2
@@ -110,7 +112,7 @@ def test_the_command_on_a_shape(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments(args: list[str], message: str) -> None:
-    out = run("bench", *args)
+    out = run("bench", "bundled", *args)
     assert out.returncode == 2
     assert message in out.stderr
     assert out.stderr.count("\n") == 1

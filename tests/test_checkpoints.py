@@ -15,7 +15,8 @@ from test_architectures import SHAPE, write_ar_checkpoint
 from transformers import AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.look import BUNDLED, announce, look
+from parablock.checkpoints.look import announce, look
+from parablock.checkpoints.named import BUNDLED
 
 
 def test_round_trip_keeps_weights_tokens_and_fields(tmp_path: Path) -> None:

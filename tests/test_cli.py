@@ -41,20 +41,20 @@ def test_public_names() -> None:
 
 
 def test_generate_answers_from_argument_and_stdin() -> None:
-    argument = run("generate", QUESTION, cold=True)
+    argument = run("generate", "--model", "bundled", QUESTION, cold=True)
     assert argument.returncode == 0, argument.stderr
     assert argument.stderr == ""
     assert read_answer(argument.stdout) is not None
-    assert run("generate", input=QUESTION).stdout == argument.stdout
+    assert run("generate", "--model", "bundled", input=QUESTION).stdout == argument.stdout
 
 
 def test_generate_json_and_modes() -> None:
-    out = json.loads(run("generate", "--json", QUESTION).stdout)
+    out = json.loads(run("generate", "--model", "bundled", "--json", QUESTION).stdout)
     assert out["new_tokens"] == len(out["tokens"])
     assert out["tokens_per_forward"] > 1.5
     ar = json.loads(run("generate", "--json", "-m", "bundled-ar", "--mode", "autoregressive", QUESTION).stdout)
     assert ar["forwards"] == ar["new_tokens"]
-    limited = json.loads(run("generate", "--json", "--max-new-tokens", "5", QUESTION).stdout)
+    limited = json.loads(run("generate", "--model", "bundled", "--json", "--max-new-tokens", "5", QUESTION).stdout)
     assert limited["tokens"] == out["tokens"][:5]
 
 
@@ -63,12 +63,12 @@ def test_generate_json_and_modes() -> None:
     [
         (["generate", ""], "the prompt is empty"),
         (["generate", "--threshold", "1.5", "hi"], "threshold=1.5"),
-        (["generate", "--sub-block-size", "5", "hi"], "sub_block_size=5"),
+        (["generate", "--model", "bundled", "--sub-block-size", "5", "hi"], "sub_block_size=5"),
         (["generate", "--mode", "fast", "hi"], "mode='fast'"),
         (["generate", "--model", "bundled-ar", "--mode", "diffusion", "hi"], "bundled-ar was never adapted"),
         (["generate", "--model", "./nothing", "hi"], "there is no checkpoint directory at './nothing'"),
-        (["generate", "word " * 2000], "exceed the model's context of 512 tokens"),
-        (["generate", "--max-new-tokens", "600", "hi"], "max_new_tokens=600"),
+        (["generate", "--model", "bundled", "word " * 2000], "exceed the model's context of 512 tokens"),
+        (["generate", "--model", "bundled", "--max-new-tokens", "600", "hi"], "max_new_tokens=600"),
         (["chat", "--temperature", "-1"], "temperature=-1.0"),
         (["demo", "--problems", "0"], "problems=0"),
         (["export", "bundled", "-o", "new", "--layout", "gguf"], "layout='gguf' is unknown; use stock, official"),
@@ -86,7 +86,7 @@ def test_bad_input_is_one_line_and_status_2(args: list[str], message: str, tmp_p
 
 
 def test_export_then_generate(tmp_path: Path) -> None:
-    expected = json.loads(run("generate", "--json", QUESTION).stdout)["tokens"]
+    expected = json.loads(run("generate", "--model", "bundled", "--json", QUESTION).stdout)["tokens"]
     for layout in ("official", "standalone"):
         out = run("export", "bundled", "--output", str(tmp_path / layout), "--layout", layout)
         assert out.returncode == 0, out.stderr
@@ -119,7 +119,9 @@ def test_chat_in_a_real_terminal() -> None:
             seen += os.read(parent, 4096).decode(errors="replace")
 
     try:
-        with start("chat", cold=True, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        with start(
+            "chat", "--model", "bundled", cold=True, stdin=terminal, stdout=terminal, stderr=terminal
+        ) as process:
             wait_for("> ", 1)
             os.write(parent, QUESTION.encode() + b"\n")
             wait_for("tokens per forward", 1)
@@ -136,7 +138,7 @@ def test_chat_in_a_real_terminal() -> None:
 
 
 def test_chat_reads_piped_questions() -> None:
-    out = run("chat", input=f"{QUESTION}\n")
+    out = run("chat", "--model", "bundled", input=f"{QUESTION}\n")
     assert out.returncode == 0
     assert "####" in out.stdout
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 from parablock.data.chat import IGNORE, Sample, encode_chat, encode_prompt
 from parablock.data.packing import pack, pad_to_block
 from parablock.data.word_problems import EVENTS, NAMES, OPENINGS, QUESTIONS, EncodedProblems, read_answer, word_problem

@@ -19,7 +19,7 @@ from train_worker import CONFIG, samples
 from transformers import TrainerCallback
 
 import parablock as pb
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 from parablock.data.chat import encode_chat
 from parablock.data.word_problems import word_problem
 from parablock.diffusion.drafting import accepted_drafts

@@ -14,7 +14,8 @@ from test_architectures import WORKS, write_ar_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.look import BUNDLED, look
+from parablock.checkpoints.look import look
+from parablock.checkpoints.named import BUNDLED
 
 QUESTION = "Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?"
 FIELDS: dict[str, Any] = {"max_new_tokens": 60, "threshold": 0.9}

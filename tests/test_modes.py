@@ -30,7 +30,7 @@ from parablock.cli import main
 
 for command in (
     "generate hi --model ./no", "chat --model ./no", "serve ./no", "serve bundled --also ./no", "app ./no",
-    "app --ar ./no", "eval ./no --tasks word_problems", "bench ./no", "bench --ar ./no",
+    "app bundled --ar ./no", "eval ./no --tasks word_problems", "bench ./no", "bench bundled --ar ./no",
     "adapt ./no --data alpaca --output run", "export ./no --output new",
     "generate hi --model bundled-ar --mode diffusion",
 ):

@@ -37,7 +37,7 @@ PHONE = {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with start("app", "--port", free_port(), cold=True) as process:
+    with start("app", "bundled", "--port", free_port(), cold=True) as process:
         yield process.wait_for(ADDRESS)
 
 
@@ -227,7 +227,9 @@ def test_it_attaches_to_a_server_and_frees_what_nobody_watches(open_page: Any, t
 @in_browser
 def test_a_page_with_a_key_asks_for_it(browser: Any) -> None:
     port = free_port()
-    with start("app", "--host", "0.0.0.0", "--port", port, environment={"PARABLOCK_API_KEY": "a key: ü"}) as process:
+    with start(
+        "app", "bundled", "--host", "0.0.0.0", "--port", port, environment={"PARABLOCK_API_KEY": "a key: ü"}
+    ) as process:
         address = process.wait_for(rf"http://0.0.0.0:{port}").replace("0.0.0.0", "127.0.0.1")
         with httpx.Client(base_url=address) as visitor:
             for path in ("config", "info", "queue/data?session_hash=x", "gradio_api/info"):
@@ -281,7 +283,7 @@ def test_a_seed_and_top_k_are_those_of_the_answer(open_page: Any) -> None:
 
 @in_browser
 def test_a_page_whose_server_is_lost_ends(open_page: Any, tmp_path: Path) -> None:
-    with start_function(odd_device, str(tmp_path), ["app", "--port", str(free_port())]) as process:
+    with start_function(odd_device, str(tmp_path), ["app", "bundled", "--port", str(free_port())]) as process:
         page = open_page(process.wait_for(ADDRESS))
         (tmp_path / "broken").touch()
         _ask(page, QUESTION)
@@ -293,7 +295,7 @@ def test_a_page_whose_server_is_lost_ends(open_page: Any, tmp_path: Path) -> Non
 def test_a_page_whose_server_cannot_start_says_why(tmp_path: Path) -> None:
     (tmp_path / "uvloop.py").write_text("raise RuntimeError('this event loop does not fit')")
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    out = run("app", "--port", free_port(), cold=True, environment={"PYTHONPATH": path})
+    out = run("app", "bundled", "--port", free_port(), cold=True, environment={"PYTHONPATH": path})
     assert out.returncode == 2
     told = "parablock: the HTTP server did not start (this event loop does not fit)"
     assert out.stderr.splitlines()[-1] == told
@@ -302,8 +304,8 @@ def test_a_page_whose_server_cannot_start_says_why(tmp_path: Path) -> None:
 def test_wrong_options_are_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for args, says in (
-            (["--port", 0], "port=0"),
-            (["--port", taken.getsockname()[1]], "choose another with --port"),
+            (["bundled", "--port", 0], "port=0"),
+            (["bundled", "--port", taken.getsockname()[1]], "choose another with --port"),
             (["--url", "http://127.0.0.1:9", "--port", free_port()], "parablock serve"),
             (["--url", "nonsense", "--port", free_port()], "url='nonsense'"),
             (["--url", "http://127.0.0.1:9", "--dtype", "int8"], "start it with --dtype instead"),

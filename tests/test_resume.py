@@ -19,7 +19,7 @@ from train_worker import CONFIG, samples
 from transformers import AutoTokenizer, TrainerCallback
 
 import parablock as pb
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 from parablock.training.guards import TrainingStoppedError, checkpoints
 
 LONG: dict[str, Any] = {"steps": 24, "log_every": 1, "save_every": 2, "optimizer": "adamw"}

@@ -22,7 +22,7 @@ from parablock.server.config import ServeConfig
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tmp_path_factory.mktemp("log") / "stderr", "--also", "bundled-ar", cold=True) as served:
+    with serve(tmp_path_factory.mktemp("log") / "stderr", "bundled", "--also", "bundled-ar", cold=True) as served:
         yield served
 
 

@@ -150,7 +150,7 @@ def test_a_device_that_is_lost(stream: bool) -> None:
 
 
 def test_a_server_whose_device_is_lost_ends(tmp_path: Path) -> None:
-    with serve(tmp_path / "stderr", "--host", "0.0.0.0", device=tmp_path) as served:
+    with serve(tmp_path / "stderr", "bundled", "--host", "0.0.0.0", device=tmp_path) as served:
         assert "0.0.0.0 can be reached from other machines" in served.text()
         assert "PARABLOCK_API_KEY" in served.text()
         served.client.chat.completions.create(**ASK)
@@ -165,7 +165,7 @@ def test_a_server_whose_device_is_lost_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("drain", "signals"), [("0", 1), ("600", 2)])
 def test_running_requests_are_cut_off_when_their_time_is_over(tmp_path: Path, drain: str, signals: int) -> None:
-    with serve(tmp_path / "stderr", "--drain", drain, device=tmp_path) as served:
+    with serve(tmp_path / "stderr", "bundled", "--drain", drain, device=tmp_path) as served:
         (tmp_path / "slow").touch()  # 40 seconds for an answer
         stream = served.client.chat.completions.create(**LONG, stream=True)
         next(stream)

@@ -29,7 +29,7 @@ from parablock.server.listener import warn_if_open
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     options = ("--max-rows", "2", "--max-queue", "0", "--max-body", "20000", "--cors-origin", "http://page.test")
-    with serve(tmp_path_factory.mktemp("log") / "stderr", *options, PARABLOCK_API_KEY="s3cret") as served:
+    with serve(tmp_path_factory.mktemp("log") / "stderr", "bundled", *options, PARABLOCK_API_KEY="s3cret") as served:
         served.http.headers["Authorization"] = "Bearer s3cret"
         served.client = served.client.with_options(api_key="s3cret")
         yield served
@@ -160,7 +160,7 @@ def test_the_openapi_document(server: Served) -> None:
 
 
 def test_a_deadline_and_a_port_that_is_taken(tmp_path: Path) -> None:
-    with serve(tmp_path / "stderr", "--deadline", "0.1") as served:
+    with serve(tmp_path / "stderr", "bundled", "--deadline", "0.1") as served:
         with pytest.raises(openai.APIStatusError) as late:
             served.client.chat.completions.create(**LONG)
         assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
@@ -169,7 +169,7 @@ def test_a_deadline_and_a_port_that_is_taken(tmp_path: Path) -> None:
         served.wait_until_idle()
         assert served.metric("parablock_requests_total", outcome="error") == 2
 
-        taken = run("serve", "--port", served.url.rsplit(":", 1)[1])
+        taken = run("serve", "bundled", "--port", served.url.rsplit(":", 1)[1])
         assert (taken.returncode, len(taken.stderr.splitlines())) == (2, 1)
         assert "--port" in taken.stderr
         served.process.send_signal(signal.SIGTERM)  # nothing is running
@@ -177,7 +177,7 @@ def test_a_deadline_and_a_port_that_is_taken(tmp_path: Path) -> None:
 
 
 def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
-    with serve(tmp_path / "stderr") as served:
+    with serve(tmp_path / "stderr", "bundled") as served:
         stream = served.client.chat.completions.create(**LONG, stream=True)
         chunks = [next(stream)]
         served.process.send_signal(signal.SIGTERM)
@@ -194,7 +194,7 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
 
 def test_killed_and_started_again(tmp_path: Path) -> None:
     port = free_port()
-    with serve(tmp_path / "first", port=port) as served:
+    with serve(tmp_path / "first", "bundled", port=port) as served:
         stream = served.client.chat.completions.create(**LONG, stream=True)
         next(stream)
         served.process.kill()
@@ -202,14 +202,14 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
             list(stream)
         with pytest.raises(openai.APIConnectionError):
             answers(served)
-    with serve(tmp_path / "second", port=port) as again:  # the same address, at once
+    with serve(tmp_path / "second", "bundled", port=port) as again:  # the same address, at once
         assert answers(again)
         assert answers(served)  # a client of the first one goes on
 
 
 def test_a_log_that_cannot_be_written() -> None:
     port = free_port()
-    with start("serve", "--port", port, stderr="/dev/full") as process:
+    with start("serve", "bundled", "--port", port, stderr="/dev/full") as process:
         ends_at = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < ends_at:
             try:

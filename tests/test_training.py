@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 from train_worker import CONFIG, samples
 
 import parablock as pb
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 from parablock.training.optimizer import build_optimizer, orthogonalize
 from parablock.training.rows import RowDataset, collate
 

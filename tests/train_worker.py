@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import parablock as pb
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED
 from parablock.data.chat import Sample
 from parablock.diffusion.gate import attach, new_gate
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from parablock.app.client import Client
-from parablock.checkpoints.look import BUNDLED_MODELS
+from parablock.checkpoints.named import BUNDLED_MODELS
 from parablock.server.listener import Listener, warn_if_open
 
 GENERAL = (
@@ -30,8 +30,10 @@ def run_app(model: str | None, ar: str | None, url: str | None, host: str, port:
     key = os.environ.get("PARABLOCK_API_KEY") or None
     warn_if_open(_free_address(host, port), key)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing leaves this machine
-    name, ended = model or "bundled", _never
+    ended = _never
     if url is None:
+        assert model is not None
+        name = model
         counterpart = ar or ("bundled-ar" if name == "bundled" else name)
         client, ended = _own_server(list(dict.fromkeys([name, counterpart])), dtype)
     else:

@@ -23,7 +23,7 @@ def run_bench(
     console: Console,
     folder: Path,
     *,
-    model: str = "bundled",
+    model: str | None = None,
     ar: str | None = None,
     random_weights: str | None = None,
     prompts: Path | None = None,
@@ -42,6 +42,7 @@ def run_bench(
         )
         workload, name = _random_workload(random_weights, block_size, dtype), f"random weights, {random_weights}"
     else:
+        assert model is not None
         workload, name = _workload(model, ar, prompts, dtype), model
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parablock.checkpoints.checks import ADAPTER, ADAPTER_FIELDS, ADAPTER_TENSORS, read_json, read_tensors
-from parablock.checkpoints.look import BUNDLED_MODELS
+from parablock.checkpoints.named import BUNDLED_MODELS
 from parablock.diffusion.gate import Gate, Lora, attach
 from parablock.settings import Model
 

@@ -1,10 +1,13 @@
 """Load a checkpoint: the bundled models, Fast-dLLM v2 checkpoints, any AR decoder, adapters."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from parablock.checkpoints.checks import check_architecture, check_loaded, in_one_line
+from parablock.checkpoints.gguf import converted
 from parablock.checkpoints.look import Checkpoint, look
+from parablock.checkpoints.named import SMOLLM2_AR
 from parablock.settings import Model, require_library
 
 LARGE = 10_000_000  # parameters from which on bfloat16 is the faster dtype on a CPU that has it
@@ -28,12 +31,12 @@ def load(
     files straight to their device; code that comes with a checkpoint is never run.
 
     Args:
-        path_or_id: a directory, a hub id, `"bundled"` (the block-diffusion model that comes with the package),
-            `"bundled-ar"` (the AR model it was adapted from) or `"bundled-causal"` (that one, with an adapter whose
-            masks draft for it).
-        dtype: a torch dtype or its name, "auto" for the checkpoint's own, or "int8" (on a CPU: 8-bit weights). By
-            default the checkpoint's own; on a CPU float32, unless the checkpoint is a large one in bfloat16 and the
-            processor multiplies in it.
+        path_or_id: a directory, a hub id, a GGUF file, `"bundled"` (the block-diffusion model that comes with the
+            package), `"bundled-ar"` (the AR model it was adapted from), `"bundled-causal"` (that one, with an adapter
+            whose masks draft for it), `"smollm2"` or `"smollm2-ar"` (SmolLM2, with such an adapter and alone).
+        dtype: a torch dtype or its name, "auto" for the checkpoint's own (of a GGUF: bfloat16), or "int8" (on a CPU:
+            8-bit weights). By default the checkpoint's own; on a CPU float32, unless the checkpoint is a large one in
+            bfloat16 and the processor multiplies in it.
         device: a torch device; by default CUDA where there is one, else CPU.
         device_map: transformers' (such as "auto", to spread a large model over devices), instead of `device`.
         quantization_config: one of transformers' quantisation configs; its library must be installed.
@@ -104,6 +107,8 @@ def _load_model(checkpoint: Checkpoint, options: dict[str, Any], revision: str |
     from parablock.diffusion.support import softcapping
 
     name, target = checkpoint.name, checkpoint.target
+    if checkpoint.gguf:
+        target = str(converted(Path(target), options["dtype"]))
     source: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     with in_one_line(name):
         config = AutoConfig.from_pretrained(target, **source)
@@ -124,6 +129,9 @@ def _load_model(checkpoint: Checkpoint, options: dict[str, Any], revision: str |
     check_loaded(name, model, info)
     if checkpoint.adapted and tokenizer.mask_token is None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.config.mask_token_id)
+    if checkpoint.gguf:  # an adapter names its base by this
+        origin = name if name == SMOLLM2_AR else os.path.abspath(checkpoint.target)
+        model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = origin
     return model, tokenizer
 
 

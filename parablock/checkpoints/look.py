@@ -15,12 +15,10 @@ from parablock.checkpoints.checks import (
     in_one_line,
     read_json,
 )
+from parablock.checkpoints.gguf_header import check_gguf, gguf_in
+from parablock.checkpoints.named import REMEDY, SMOLLM2_AR, location
 from parablock.decoding.config import DecodeConfig, Mode
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
-BUNDLED_MODELS = {name: BUNDLED / folder for name, folder in (
-    ("bundled", "diffusion"), ("bundled-ar", "ar"), ("bundled-causal", "causal"),
-)}  # fmt: skip
 OFFICIAL = "Fast_dLLM_Qwen"  # model_type of the published checkpoints, all of them adapted
 
 
@@ -30,6 +28,7 @@ class Checkpoint:
 
     `name`: as the user wrote it. `target`: a directory or a hub id. `base`: of an adapter. `draft_tokens`: of one of
     causal context, whose base stays the AR model that it is: how many masks it was trained to fill at once.
+    `gguf`: whether the target is a GGUF file.
     """
 
     name: str
@@ -38,6 +37,7 @@ class Checkpoint:
     mask_token_id: int | None
     base: "Checkpoint | None" = None
     draft_tokens: int | None = None
+    gguf: bool = False
 
     @property
     def adapted(self) -> bool:
@@ -80,17 +80,22 @@ def look(path_or_id: str | Path, revision: str | None = None) -> Checkpoint:
         ValueError: there is none, or what is there is incomplete or damaged.
     """
     name = str(path_or_id)
-    target = os.path.expanduser(BUNDLED_MODELS.get(name, path_or_id))
+    target = os.path.expanduser(location(name))
     path = Path(target)
+    file = path if path.suffix == ".gguf" and path.is_file() else gguf_in(path) if path.is_dir() else None
+    if file is not None:
+        check_gguf(file)
+        return Checkpoint(name, str(file), None, None, gguf=True)
     if path.is_dir():
         if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
             return _look_at_adapter(name, path)
         check_directory(path)
         config = read_json(path / "config.json")
     elif path.exists() or target.startswith((".", "/", "~")) or target.count("/") > 1:
-        raise ValueError(f"there is no checkpoint directory at {target!r}; check the path")
+        what = "GGUF file" if path.suffix == ".gguf" else "checkpoint directory"
+        raise ValueError(f"there is no {what} at {target!r}; check the path")
     else:
-        config = _hub_config(target, revision)
+        config = _hub_config(name, target, revision)
     if config.get("model_type") == OFFICIAL:
         config = {"bd_size": 32, "mask_token_id": 151665} | config  # the published files lack the latter
     return Checkpoint(name, target, config.get("bd_size"), config.get("mask_token_id"))
@@ -118,7 +123,7 @@ def _look_at_adapter(name: str, path: Path) -> Checkpoint:
     base_name = read_json(path / ADAPTER).get("base_model_name_or_path")
     if not base_name:
         raise ValueError(f"{str(path / ADAPTER)!r} names no base_model_name_or_path; add the base's path or id")
-    if base_name.startswith(".") and (path / base_name).is_dir():
+    if base_name.startswith(".") and (path / base_name).exists():
         base_name = os.path.normpath(path / base_name)  # beside the adapter, wherever both are moved
     try:
         base = look(base_name)
@@ -150,9 +155,14 @@ def _draft_tokens(file: Path, fields: dict[str, Any], base: Checkpoint) -> int:
     return draft_tokens
 
 
-def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
+def _hub_config(name: str, target: str, revision: str | None) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
-    with in_one_line(name):
-        file = hf_hub_download(name, "config.json", revision=revision)
+    try:
+        with in_one_line(name):
+            file = hf_hub_download(target, "config.json", revision=revision)
+    except ValueError as error:
+        if name != SMOLLM2_AR:
+            raise
+        raise ValueError(f"{name} is not here; get it with: {REMEDY}") from error
     return read_json(Path(file))

@@ -12,7 +12,7 @@ from torch import distributed
 
 from parablock.checkpoints.adapter import base_name, gate_tensors, write_gate
 from parablock.checkpoints.checks import ADAPTER, ADAPTER_FIELDS
-from parablock.checkpoints.look import BUNDLED_MODELS
+from parablock.checkpoints.named import BUNDLED_MODELS, SMOLLM2_AR
 from parablock.diffusion.gate import Gate, gate_of
 from parablock.settings import Model
 
@@ -53,7 +53,11 @@ def _save_gate(gate: Gate, model: Model, tokenizer: Any, path: str | Path) -> No
 
 def _card(gate: Gate, base: str) -> str:
     local = Path(base).is_absolute()
-    head = "" if local or base in BUNDLED_MODELS else f"---\nbase_model: {base}\nlibrary_name: parablock\n---\n"
+    head = (
+        ""
+        if local or base in (*BUNDLED_MODELS, SMOLLM2_AR)
+        else f"---\nbase_model: {base}\nlibrary_name: parablock\n---\n"
+    )
     name = Path(base).name if local else base
     return f"""{head}# Drafts for {name}
 

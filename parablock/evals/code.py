@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
+from parablock.cached import cache_folder
 from parablock.evals import evalplus_job, sandbox
 
 CODE_TASKS = ("humaneval", "mbpp")
@@ -75,7 +76,7 @@ def prepare(folder: Path | None = None, progress: Callable[[str], None] | None =
         ValueError: the environment cannot be made.
     """
     tell = progress or (lambda line: None)
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parablock"
+    folder = folder or cache_folder()
     key = "\n".join((*REQUIREMENTS, sys.version, sys.base_prefix))
     place = folder.resolve() / f"evalplus-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     python, done = place / "bin" / "python", place / "complete"
