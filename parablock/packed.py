@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parablock.settings import Model
 
 SMALL = 131_072  # float32 weights of a layer up to which some products are faster as they are: those of fewer tokens
+LONG = 1024  # numbers of a single input from which on oneDNN splits the sums, which are rounded otherwise then
 FEW = 7  # than this, and of more the smaller the layer is
 
 # compilers cannot look into oneDNN's layout: they are shown an operator that finds the layer by its number
@@ -96,7 +97,12 @@ class PackedLinear(nn.Linear):
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """What the processor does."""
+        """What the processor does. A long input goes twice where it is alone: so it is summed as beside others."""
+        if x.numel() == self.in_features > LONG:
+            return self._product(x.expand(2, *x.shape))[0]
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from parablock.diffusion.attention import plain_attention
 from parablock.engine.kv import Pages
 from parablock.engine.paged import paged_attention
 from parablock.engine.schedule import Group
+
+ALIKE = 4  # queries from which on torch's attention on a CPU gives each the same, bit for bit, whatever their number
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,6 @@ def look(
         first = int(table_nP[0, 0])
         if n == 1 and (table_nP[0] == np.arange(first, first + pages)).all():
             first_page = first
-            if limits == 1 and not lows:
-                slots = int(limit_nW[0, 0])
-        if limits == 1 and not lows and (limit_nW == slots).all():
-            limits = 0  # everything that is looked at is seen
     shape = GroupShape(n, W, pages, slots, first_page, limits, lows, own_n2W.shape[1])
     return shape, [table_nP, limit_nW[:, :limits], low_nW, own_n2W]
 
@@ -131,11 +129,11 @@ def attend(
     # the G heads of a K/V head stand as more queries of it: no K/V is repeated
     if n == 1:
         q = query.reshape(1, kv_heads, -1, query.shape[3])  # [1, H_kv, G W, d]
-        return _attention(q, k, v, group.mask, scale, softcap).view(1, heads, W, -1).transpose(1, 2)
+        return _attention(q, k, v, group.mask, scale, softcap).reshape(1, heads, W, -1).transpose(1, 2)
     q = query.reshape(kv_heads, -1, n, W, query.shape[3])  # [H_kv, G, n, W, d]
     q = q.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [n, H_kv, G W, d]
     got = _attention(q, k, v, group.mask, scale, softcap)
-    got = got.view(n, kv_heads, -1, W, got.shape[3]).permute(0, 3, 1, 2, 4)  # [n, W, H_kv, G, e]
+    got = got.reshape(n, kv_heads, -1, W, got.shape[3]).permute(0, 3, 1, 2, 4)  # [n, W, H_kv, G, e]
     return got.reshape(1, n * W, heads, -1)
 
 
@@ -144,4 +142,9 @@ def _attention(
 ) -> Tensor:
     if softcap is not None:
         return plain_attention(query * scale, key, value, mask, softcap)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    queries = query.shape[2]
+    if queries < ALIKE and query.device.type == "cpu":
+        query = pad(query, (0, 0, 0, ALIKE - queries))
+        if mask is not None and mask.shape[2] > 1:
+            mask = pad(mask, (0, 0, 0, ALIKE - queries), value=True)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[:, :, :queries]
