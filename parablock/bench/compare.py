@@ -7,6 +7,7 @@ that rotates, so that whatever else the machine does hits all of them alike.
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,7 +15,11 @@ from parablock.data.chat import encode_prompt
 from parablock.data.word_problems import Problem
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import GenerateOutput, generate
+from parablock.engine.config import EngineConfig
+from parablock.engine.engine import Engine
 from parablock.evals.word_problems import is_correct
+
+ALONE = EngineConfig(max_rows=1, prefix_cache=False)  # one request at a time, each from its beginning
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,20 @@ def take_turns(
 ) -> list[list[GenerateOutput]]:
     """Let every contender answer every prompt, batch 1; `progress(done)` after every prompt."""
     outputs: list[list[GenerateOutput]] = [[] for _ in contenders]
-    for number, prompt in enumerate(prompts):
-        for turn in range(len(contenders)):
-            which = (number + turn) % len(contenders)
-            contender = contenders[which]
-            if number == 0:
-                generate(contender.model, prompt, replace(contender.config, max_new_tokens=8))  # warm up
-            outputs[which].append(generate(contender.model, prompt, contender.config))
-        if progress:
-            progress(number + 1)
+    with ExitStack() as opened:
+        engines: dict[int, Engine] = {}  # by model
+        for contender in contenders:
+            if id(contender.model) not in engines:
+                engines[id(contender.model)] = opened.enter_context(Engine(contender.model, ALONE))
+        for number, prompt in enumerate(prompts):
+            for turn in range(len(contenders)):
+                which = (number + turn) % len(contenders)
+                engine, config = engines[id(contenders[which].model)], contenders[which].config
+                if number == 0:
+                    engine.generate(prompt, replace(config, max_new_tokens=8))  # warm up
+                outputs[which].append(engine.generate(prompt, config))
+            if progress:
+                progress(number + 1)
     return outputs
 
 

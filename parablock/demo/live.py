@@ -26,8 +26,9 @@ ANSWERS = Path(__file__).parents[1] / "bundled" / "smollm2_answers.jsonl"
 CHECKS = 6  # how often the drafts are checked
 FIRST_STEPS = 4  # trained first, to know what a step takes on this machine
 RECIPE = AdaptConfig(
-    model="the demo's", data=ANSWERS.name, context="causal", draft_tokens=3, anchors=32, lora_rank=32, lora_alpha=32,
-    batch_size=2, micro_batch_size=2, context_length=224, packing=False, lr=1.5e-3, warmup_steps=8,
+    model="the demo's", data=ANSWERS.name, context="causal", draft_tokens=3, anchors=48, lora_rank=64, lora_alpha=64,
+    lora_targets=("o_proj", "down_proj"), batch_size=1, micro_batch_size=1, context_length=224, packing=False, lr=4e-3,
+    warmup_steps=8,
 )  # fmt: skip
 
 
@@ -49,7 +50,10 @@ def train_live(config: DemoConfig, held_out: Sequence[tuple[list[int], list[int]
     """Train a new adapter for `live_minutes`; it is checked on `held_out`, prompts with the model's answers."""
     with console.status("loading the model and its answers"):
         model, tokenizer = load(config.ar)
-        gate = new_gate(model, draft_tokens=RECIPE.draft_tokens, rank=RECIPE.lora_rank, alpha=RECIPE.lora_alpha)
+        gate = new_gate(
+            model, draft_tokens=RECIPE.draft_tokens, rank=RECIPE.lora_rank, alpha=RECIPE.lora_alpha,
+            targets=RECIPE.lora_targets,
+        )  # fmt: skip
         attach(model, gate)
         samples = _samples(tokenizer)
     console.print(

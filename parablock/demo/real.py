@@ -13,16 +13,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from parablock.bench.compare import Contender, Result, measure, take_turns
+from parablock.bench.compare import ALONE, Contender, Result, measure, take_turns
 from parablock.bench.plots import plot_decoders, plot_denoising, plot_losses
 from parablock.checkpoints.load import load
 from parablock.checkpoints.look import look
 from parablock.data.chat import encode_prompt
 from parablock.decoding.config import DecodeConfig
-from parablock.decoding.generate import GenerateOutput, Step, generate, stream
+from parablock.decoding.generate import GenerateOutput, generate, stream
 from parablock.demo.config import DemoConfig
 from parablock.demo.live import Live, train_live
 from parablock.demo.progress import bar
+from parablock.engine.engine import Engine
+from parablock.engine.request import Handle, Request
 from parablock.settings import Model
 
 QUESTIONS = {
@@ -56,7 +58,7 @@ def show_real(config: DemoConfig, console: Console) -> dict[str, Any] | None:
     live = train_live(config, held_out, console) if config.live_minutes > 0 else None
     model, _ = load(config.model)
     drafts = DecodeConfig(mode="speculative", max_new_tokens=config.max_new_tokens)
-    steps = _draft(config, model, ar, tokenizer, asked, held_out, drafts, console)
+    _draft(config, model, ar, tokenizer, asked, held_out, drafts, console)
     decoders = [Contender("autoregressive", ar, decode), Contender("drafts looked up, no adapter", ar, drafts)]
     if live is not None:
         decoders.append(Contender(f"adapter of {live.seconds / 60:.1f} min", live.model, drafts))
@@ -67,6 +69,7 @@ def show_real(config: DemoConfig, console: Console) -> dict[str, Any] | None:
     results = [measure(decoder, mine, outputs[0]) for decoder, mine in zip(decoders, outputs, strict=True)]
     _print_table(results, console)
     _draw(config, asked, results, outputs, live)
+    steps = list(stream(model, prompts[0], drafts))
     took = f"{len(steps[-1].tokens())} tokens in {len(steps)} forwards (numbers: which one settled the token)"
     title = f"{next(iter(asked.values()))}\n{took}"
     plot_denoising(config.folder / "answer.png", tokenizer, len(prompts[0]), steps, title)
@@ -93,12 +96,13 @@ def _answer(
         f"most {decode.max_new_tokens} tokens, autoregressive: one token per forward"
     )
     said = []
-    for question, prompt in zip(asked.values(), prompts, strict=True):
-        console.print(Text(f"> {question}", style="bold"))
-        with console.status("answering"):
-            said.append(generate(ar, prompt, decode))
-        text = tokenizer.decode(said[-1].tokens[0], skip_special_tokens=True)
-        _print_short(Text(_in_line(text), style="dim"), console)
+    with Engine(ar, ALONE) as engine:
+        for question, prompt in zip(asked.values(), prompts, strict=True):
+            console.print(Text(f"> {question}", style="bold"))
+            with console.status("answering"):
+                said.append(engine.generate(prompt, decode))
+            text = tokenizer.decode(said[-1].tokens[0], skip_special_tokens=True)
+            _print_short(Text(_in_line(text), style="dim"), console)
     tokens, seconds = sum(out.new_tokens for out in said), sum(out.seconds for out in said)
     console.print(f"{tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s\n")
     return said
@@ -107,27 +111,26 @@ def _answer(
 def _draft(
     config: DemoConfig, model: Model, ar: Model, tokenizer: Any, asked: dict[str, str],
     held_out: Sequence[tuple[list[int], list[int]]], drafts: DecodeConfig, console: Console,
-) -> list[Step]:  # fmt: skip
-    """The same questions with the bundled adapter; returns the steps of the first answer."""
+) -> None:  # fmt: skip
+    """The same questions with the bundled adapter, and whether the answers are the same."""
     first, second = BY_FORWARD
     console.print(
         "\n[bold]3 The bundled adapter[/], trained for longer: it drafts, the model verifies, several tokens per "
         f"forward (those of one forward are [{first}]green[/], of the next [{second}]blue[/])"
     )
-    shown: list[Step] = []
     parted: list[list[int]] = []
-    for question, (prompt, said) in zip(asked.values(), held_out, strict=True):
-        with console.status("answering"):
-            steps, text = _watch(model, tokenizer, prompt, drafts)
-        shown = shown or steps
-        tokens, forwards = steps[-1].tokens(), max(1, int(steps[-1].decode_forwards[0]))
-        console.print(Text(f"> {question}", style="bold"))
-        _print_short(text, console)
-        told = f"{len(tokens)} tokens in {forwards} forwards, {len(tokens) / forwards:.2f} each"
-        if tokens != said:
-            parted.append(prompt)
-            told += f"; {_parting(ar, tokenizer, prompt, said, tokens)}"
-        console.print(Padding(Text(told, style="dim"), (0, 4)))
+    with Engine(model, ALONE) as engine:
+        for question, (prompt, said) in zip(asked.values(), held_out, strict=True):
+            console.print(Text(f"> {question}", style="bold"))
+            with console.status("answering"):
+                handle = engine.submit(Request(prompt, drafts, stream=True))
+                _print_short(_watch(tokenizer, handle), console)
+            tokens, forwards = handle.result(), max(1, handle.forwards)
+            told = f"{len(tokens)} tokens in {forwards} forwards, {len(tokens) / forwards:.2f} each"
+            if tokens != said:
+                parted.append(prompt)
+                told += f"; {_parting(ar, tokenizer, prompt, said, tokens)}"
+            console.print(Padding(Text(told, style="dim"), (0, 4)))
     console.print(
         f"[bold]{len(asked) - len(parted)} of {len(asked)}[/] answers are those of the model alone, token for token."
     )
@@ -138,7 +141,6 @@ def _draft(
             f"either may be said. In float32, {same} of the other {len(parted)} are the same, too."
         )
     console.print()
-    return shown
 
 
 def _alike_in_float32(config: DemoConfig, prompts: Sequence[list[int]], drafts: DecodeConfig, console: Console) -> int:
@@ -151,16 +153,17 @@ def _alike_in_float32(config: DemoConfig, prompts: Sequence[list[int]], drafts: 
     return sum(mine == others for mine, others in zip(*said, strict=True))
 
 
-def _watch(model: Model, tokenizer: Any, prompt: list[int], drafts: DecodeConfig) -> tuple[list[Step], Text]:
-    """An answer with the forwards it took, and its text, coloured by forward."""
-    steps, text, shown = [], Text(), ""
-    for number, step in enumerate(stream(model, prompt, drafts)):
-        steps.append(step)
-        now = tokenizer.decode(step.tokens(), skip_special_tokens=True)
+def _watch(tokenizer: Any, handle: Handle) -> Text:
+    """An answer as it comes, coloured by forward."""
+    tokens: list[int] = []
+    text, shown = Text(), ""
+    for number, update in enumerate(handle.updates()):
+        tokens += update.tokens
+        now = tokenizer.decode(tokens, skip_special_tokens=True)
         if not now.endswith("\ufffd"):  # a character whose bytes are not all there yet
             text.append(_in_line(now[len(shown) :]), style=BY_FORWARD[number % 2])
             shown = now
-    return steps, text
+    return text
 
 
 def _in_line(text: str) -> str:
