@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+LETTER = "Write a short letter to my dentist, asking for an earlier appointment."  # to the model that drafts
 QUESTION = (
     "Jodo has 12 marbles, Lumi has twice as many, and Jodo gives them all to Lumi. Lumi buys 26 more. "
     "How many marbles are there in the end?"
@@ -48,9 +49,9 @@ def opened(browser: Browser, url: str, size: Any, scheme: Any, scale: float = 1.
     return page
 
 
-def ask(page: Page, button: str = "#ask") -> None:
+def ask(page: Page, button: str = "#ask", question: str = QUESTION) -> None:
     """Ask, wait for the end, and show it without a blinking cursor."""
-    page.fill("#question textarea", QUESTION)
+    page.fill("#question textarea", question)
     page.click(button)
     page.wait_for_selector(".pb-lane")
     page.select_option(".pb-pace", "1")
@@ -118,9 +119,9 @@ def blocks(browser: Browser, url: str) -> None:
 
 def drafts(browser: Browser, url: str) -> None:
     """Speculative decoding in the middle of an answer, and its race against AR."""
-    ask(opened(browser, url, DESKTOP, "light"))  # the first answer warms the engine up
+    ask(opened(browser, url, DESKTOP, "light"), question=LETTER)  # the first answer warms the engine up
     page = opened(browser, url, DESKTOP, "light")
-    ask(page)
+    ask(page, question=LETTER)
     steps = int(page.locator(".pb-scrub").get_attribute("max") or 0) + 1
     for step in range(steps):  # one that shows all kinds of drafts, if there is one
         scrub(page, step)
@@ -133,10 +134,13 @@ def drafts(browser: Browser, url: str) -> None:
     page.wait_for_timeout(600)
     shoot(page, "page-drafts")
     page = opened(browser, url, {"width": 1200, "height": 1050}, "light")
-    ask(page, "#race")
+    ask(page, "#race", LETTER)
     page.wait_for_selector(".pb-verdict:visible")
     page.mouse.move(0, 0)
     shoot(page, "page-race-drafts")
+    page = opened(browser, url, {"width": 1000, "height": 860}, "light", 1)
+    ask(page, question=LETTER)
+    animate(page, "drafting")
 
 
 def main() -> None:
@@ -145,7 +149,7 @@ def main() -> None:
         folder = Path(name)
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for model, take in (("bundled", blocks), ("bundled-causal", drafts)):
+        for model, take in (("bundled", blocks), ("smollm2", drafts)):
             process, url = start(model, folder)
             try:
                 take(browser, url)

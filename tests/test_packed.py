@@ -249,3 +249,17 @@ def test_without_onednn_all_stays_as_it_is(model: Any, monkeypatch: pytest.Monke
     assert kinds(model) == {nn.Linear}
     with pytest.raises(ValueError, match="int8 needs a torch with oneDNN"):
         pb.pack(model, int8=True)
+
+
+@pytest.mark.skipif(not packed.bf16_is_fast(), reason="this processor multiplies bfloat16 otherwise")
+@pytest.mark.parametrize("inputs", [576, 1536])
+def test_a_token_does_not_see_how_many_run_beside_it(inputs: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(inputs, 192, bias=False, dtype=torch.bfloat16))
+    pb.pack(layer)
+    x = torch.randn(96, inputs, dtype=torch.bfloat16)
+    with torch.no_grad():
+        together = layer(x)
+        for width in (1, 2, 5, 8):
+            apart = torch.cat([layer(part) for part in x.split(width)])
+            assert torch.equal(apart, together), width
