@@ -52,6 +52,8 @@ def opened(browser: Browser, url: str, size: Any, scheme: Any, scale: float = 1.
 def ask(page: Page, button: str = "#ask", question: str = QUESTION) -> None:
     """Ask, wait for the end, and show it without a blinking cursor."""
     page.fill("#question textarea", question)
+    if question == LETTER:
+        page.get_by_label("number input for Max tokens").fill("96")
     page.click(button)
     page.wait_for_selector(".pb-lane")
     page.select_option(".pb-pace", "1")
