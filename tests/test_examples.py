@@ -46,7 +46,7 @@ PAGES = {
 }
 # commands that answer in seconds, and what they must have printed; `chat` reads from its stdin
 QUICK = {
-    "generate": "####",
+    "generate --model bundled": "####",
     "chat": "tokens per forward",
     "adapt --dry-run": "GPU-hours",
     "export": "its README.md says how to use it",
