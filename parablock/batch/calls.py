@@ -60,7 +60,7 @@ def read_calls(lines: Iterable[Line]) -> Iterator[Call | Ended]:
             seen.add(known)
             call = _call(line.number, known, line.row)
         except InvalidError as error:
-            yield _failure(line.number, known, error)
+            yield _failure(line.number, known, error.code, f"{line.where}{error}")
         else:
             yield call
 
@@ -145,8 +145,8 @@ class CallWorker:
         return status, json.loads(told)
 
 
-def _failure(line: int, custom_id: str | None, error: InvalidError) -> Ended:
-    return Ended(line, _record(line, custom_id, error={"code": error.code, "message": str(error)}))
+def _failure(line: int, custom_id: str | None, code: str, message: str) -> Ended:
+    return Ended(line, _record(line, custom_id, error={"code": code, "message": message}))
 
 
 def _record(line: int, custom_id: str | None, *, response: Any = None, error: Any = None) -> dict[str, Any]:

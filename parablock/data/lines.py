@@ -49,7 +49,7 @@ def read_lines(files: Sequence[Path]) -> Iterator[Line]:
     for file in files:
         last = 0
         for last, row in enumerate(_parquet(file) if file.suffix == ".parquet" else _lines(file), start=1):
-            where = f"line {last}" if len(files) == 1 else f"{file.name}, line {last}"
+            where = "" if len(files) == 1 else f"{file.name}, line {last}: "
             if isinstance(row, dict):
                 yield Line(before + last, where, row)
             elif row.strip():

@@ -47,7 +47,7 @@ def read_prompts(lines: Iterable[Line]) -> Iterator[Prompt | Unusable]:
                 raise ValueError(f"the id {known!r} stands in an earlier line, too; give every line its own")
             prompt = Prompt(line.number, known, to_prompt(line.row))
         except ValueError as error:
-            yield Unusable(line.number, None if known in seen else known, str(error))
+            yield Unusable(line.number, None if known in seen else known, f"{line.where}{error}")
         else:
             yield prompt
         seen.add(known)
