@@ -1,12 +1,14 @@
 """`parablock batch --replicas` on a real, small Ray cluster: workers and drivers are killed, and nothing is lost."""
 
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -21,8 +23,9 @@ QUESTIONS = [word_problem("test", 3, i).question for i in range(40)]
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with start_function(ray_head.main, environment={"TMPDIR": "/tmp"}) as cluster:
+def address() -> Iterator[str]:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}  # Ray asks for one by default
+    with patch.dict(os.environ, token), start_function(ray_head.main, environment={"TMPDIR": "/tmp"}) as cluster:
         yield cluster.wait_for(r"address \S+").split()[1]
 
 

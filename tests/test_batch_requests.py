@@ -1,5 +1,6 @@
 """`parablock batch` on OpenAI's batch format, Parquet files and folders; output in order and as a table."""
 
+import asyncio
 import json
 import signal
 from pathlib import Path
@@ -73,8 +74,6 @@ async def answered(requests: list[dict[str, Any]]) -> list[tuple[int, Any]]:
 
 
 def test_bodies_are_read_and_answered_as_by_the_server(tmp_path: Path) -> None:
-    import asyncio
-
     requests = [call(i, **body) for i, body in enumerate([*GOOD, *BAD])] + [call(20, TEXT), call(21, TEXT, prompt=[])]
     invalid: list[tuple[Any, str]] = [
         ("{ no json", "invalid_json"), (call(0), "duplicate_custom_id"), (call(22) | {"method": "GET"}, "invalid_method"),
