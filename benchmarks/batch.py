@@ -1,6 +1,6 @@
 """A batch that is killed again and again, and what it costs beside the bare engine.
 
-    python benchmarks/batch.py kills     # on Ray: the driver and then a worker are killed, three times; about 10 minutes
+    python benchmarks/batch.py kills     # on Ray: the driver and then a worker are killed, three times
     python benchmarks/batch.py speed     # one process, against Engine.generate on the same prompts
 
 - kills: is the output complete, each id once in it, every answer that of `Engine.generate`?

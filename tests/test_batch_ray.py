@@ -88,7 +88,7 @@ def test_workers_and_drivers_are_killed(address: str, tmp_path: Path) -> None:
     [
         (["--replicas", "3", "--cpus-per-replica", "2"], "need 6, and the cluster has 4; use fewer --replicas"),
         (["--gpus-per-replica", "1"], "replicas=1 with 1 GPUs each need 1, and the cluster has 0"),
-        (["--block-size", "7"], "block_size=7"),
+        (["--max-new-tokens", "600"], "max_new_tokens=600"),
     ],
 )
 def test_what_the_cluster_cannot_run(args: list[str], message: str, address: str, tmp_path: Path) -> None:
