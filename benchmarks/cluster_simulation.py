@@ -213,7 +213,7 @@ def measured_costs(router: float) -> Costs:
 
 
 def simulate(costs: Costs, slower: float, load: float, seconds: float) -> list[dict[str, Any]]:
-    """All numbers of replicas and all routers; so many arrivals that replicas that reuse nothing would need `load` of the time.
+    """All numbers of replicas, all routers; replicas that reuse nothing would need `load` of the time for the arrivals.
 
     A replica's costs are `slower` times the measured ones: a larger model.
     """

@@ -76,7 +76,8 @@ async def answered(requests: list[dict[str, Any]]) -> list[tuple[int, Any]]:
 def test_bodies_are_read_and_answered_as_by_the_server(tmp_path: Path) -> None:
     requests = [call(i, **body) for i, body in enumerate([*GOOD, *BAD])] + [call(20, TEXT), call(21, TEXT, prompt=[])]
     invalid: list[tuple[Any, str]] = [
-        ("{ no json", "invalid_json"), (call(0), "duplicate_custom_id"), (call(22) | {"method": "GET"}, "invalid_method"),
+        ("{ no json", "invalid_json"), (call(0), "duplicate_custom_id"),
+        (call(22) | {"method": "GET"}, "invalid_method"),
         (call(23) | {"url": "/v1/embeddings"}, "invalid_url"), (call(24) | {"custom_id": 3}, "invalid_custom_id"),
         (call(25, stream=True), "invalid_body"), (call(26) | {"body": [1]}, "invalid_body"),
     ]  # fmt: skip

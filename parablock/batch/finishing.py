@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from parablock.settings import require_library
+from parablock.data.lines import tables
 
 TABLE = ".parquet"
 ROWS = 1024  # of a table that are in memory
@@ -33,22 +33,15 @@ def in_order(path: Path) -> Iterator[bytes]:
             yield file.readline()
 
 
-def require_tables() -> None:
-    """ValueError unless tables can be written."""
-    require_library("pyarrow", "train")
-
-
 def write_table(file: BinaryIO, lines: Iterable[bytes]) -> None:
     """As a table: an id is a text, the body of a response is JSON."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
+    pyarrow, parquet = tables()
     writer = None
     for records in _groups(lines):
         schema = _schema("response" in records[0])
         if writer is None:
-            writer = pyarrow.parquet.ParquetWriter(file, schema)
-        writer.write_table(pa.Table.from_pylist([_plain(record) for record in records], schema))
+            writer = parquet.ParquetWriter(file, schema)
+        writer.write_table(pyarrow.Table.from_pylist([_plain(record) for record in records], schema))
     assert writer is not None, "there is a line at least"
     writer.close()
 
@@ -65,8 +58,7 @@ def _groups(lines: Iterable[bytes]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _schema(responses: bool) -> Any:
-    import pyarrow as pa
-
+    pa, _ = tables()
     text, number = pa.string(), pa.int64()
     if responses:
         response = pa.struct({"status_code": number, "request_id": text, "body": text})

@@ -10,7 +10,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from parablock.batch.finishing import TABLE, in_order, require_tables, write_lines, write_table
+from parablock.batch.finishing import TABLE, in_order, write_lines, write_table
+from parablock.data.lines import tables
 from parablock.evals.files import write_text
 
 FEW = 5  # lines that are named where many have failed
@@ -73,7 +74,7 @@ class AnswerFile:
         if self.path.exists():
             raise ValueError(f"{str(self.path)!r} is there already, finished; name another file")
         if self._table:
-            require_tables()
+            tables()  # is it installed?
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)

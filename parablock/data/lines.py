@@ -16,7 +16,8 @@ ROWS = 256  # of a Parquet file that are in memory
 class Line:
     """A row, or why there is none.
 
-    `number` is its place, from 1, in all files together; `where` names it in one of them. Rows of Parquet files have their missing fields left out.
+    `number` is its place, from 1, in all files together; `where` names it where there are several, and is empty in a
+    single file. Rows of Parquet files have their missing fields left out.
     """
 
     number: int
@@ -39,7 +40,7 @@ def list_files(path: Path) -> list[Path]:
     elif not path.is_file():
         raise ValueError(f"there is no file at {str(path)!r}; check the path")
     if any(file.suffix == ".parquet" for file in files):
-        require_library("pyarrow", "train")
+        tables()
     return files
 
 
@@ -48,7 +49,9 @@ def read_lines(files: Sequence[Path]) -> Iterator[Line]:
     before = 0
     for file in files:
         last = 0
-        for last, row in enumerate(_parquet(file) if file.suffix == ".parquet" else _lines(file), start=1):
+        rows: Iterator[Any] = _parquet(file) if file.suffix == ".parquet" else _lines(file)
+        for row in rows:
+            last += 1
             where = "" if len(files) == 1 else f"{file.name}, line {last}: "
             if isinstance(row, dict):
                 yield Line(before + last, where, row)
@@ -63,6 +66,19 @@ def read_lines(files: Sequence[Path]) -> Iterator[Line]:
 def count_lines(files: Sequence[Path]) -> int:
     """How many rows `read_lines` would give."""
     return sum(_count(file) for file in files)
+
+
+def tables() -> tuple[Any, Any]:
+    """The library for Parquet: pyarrow and its part for files.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    require_library("pyarrow", "train")
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    return pyarrow, pyarrow.parquet
 
 
 def _count(file: Path) -> int:
@@ -85,11 +101,9 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _opened(file: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow, parquet = tables()
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{str(file)!r} is no Parquet file ({str(error).splitlines()[0]}); check it") from None
 
