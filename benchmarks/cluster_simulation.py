@@ -254,9 +254,11 @@ def draw(rows: list[dict[str, Any]], router_seconds: float) -> None:
             line[0].plot(x, [row["requests_per_second"] for row in own], "o-", color=colour, label=router)
             line[1].plot(x, [row["p50"] for row in own], "o-", color=colour)
             line[1].plot(x, [row["p99"] for row in own], "o--", color=colour, fillstyle="none")
-            line[2].plot(x, [100 * row["prefix_hit_rate"] for row in own], "o-", color=colour)
+            flowing = [row for row in own if row["router_busy"] < 0.95]  # else its queue grows: no steady state
+            hits = [100 * row["prefix_hit_rate"] for row in flowing]
+            line[2].plot([row["replicas"] for row in flowing], hits, "o-", color=colour)
         line[0].axhline(1 / router_seconds, color="black", lw=1, ls=":")
-        line[0].text(1, 1.15 / router_seconds, "one router process", fontsize=9)
+        line[0].text(1, 0.6 / router_seconds, "one router process", fontsize=9)
         model = "the bundled model" if factor == 1 else f"a model {factor:g} times as slow"
         titles = (f"requests per second, {model}", "latency in seconds: p50, p99 (dashed)", "prompt tokens reused, %")
         for panel, title in zip(line, titles, strict=True):
@@ -265,7 +267,7 @@ def draw(rows: list[dict[str, Any]], router_seconds: float) -> None:
             panel.grid(alpha=0.3)
         line[0].set_yscale("log")
         line[1].set_yscale("log")
-        line[2].set_ylim(0, 100)
+        line[2].set(ylim=(0, 100), xlim=line[0].get_xlim())
         line[0].legend(fontsize=9, loc="lower right")
     figure.savefig(PICTURES / "cluster.png", dpi=110)
 
