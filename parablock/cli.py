@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 
 from parablock import __version__
+from parablock.batch.config import BatchConfig
 from parablock.bench.config import BenchConfig
 from parablock.checkpoints.look import announce, look
 from parablock.checkpoints.named import BUNDLED_MODELS, default_model
 from parablock.decoding.config import DecodeConfig
-from parablock.engine.config import EngineConfig
 from parablock.evals.config import EvalConfig
 from parablock.options import NOTHING, Given, options
 from parablock.server.config import ServeConfig
-from parablock.settings import help_of, require_library
+from parablock.settings import require_library
 from parablock.training.config import AdaptConfig
 
 app = typer.Typer(
@@ -242,24 +242,28 @@ def evaluate(
 
 
 @app.command()
-@decode_options
+@options(DecodeConfig, "Decoding", into="decoding")
+@options(BatchConfig, "Batch")
 def batch(
-    prompts: Annotated[
-        Path, typer.Argument(help="A JSONL file: messages, a prompt, or a dataset's question per line.")
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="A JSONL or Parquet file, or a folder of them: requests in OpenAI's batch format, or prompts.",
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL file of answers; adapt reads it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of answers: JSONL, or a name.parquet.")],
     model: ModelOption = None,
     dtype: DtypeOption = None,
-    max_rows: Annotated[int, typer.Option(help=help_of(EngineConfig, "max_rows"))] = 32,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts. Default: all.")] = None,
     given: Given = NOTHING,
+    decoding: Given = NOTHING,
 ) -> None:
-    """Answer all prompts of a file; started again after a kill, it goes on where it was."""
-    config = DecodeConfig(**given)
-    model = _announced(model, config)
+    """Answer all lines of a file; started again after a kill, it goes on where it was."""
+    config, decode_config = BatchConfig(**given), DecodeConfig(**decoding)
+    model = _announced(model, decode_config)
     from parablock.batch.command import run_batch
 
-    raise typer.Exit(run_batch(model, prompts, output, config, dtype=dtype, max_rows=max_rows, limit=limit))
+    raise typer.Exit(run_batch(model, source, output, decode_config, config, dtype))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from parablock.batch.config import BatchConfig
 from parablock.bench.config import BenchConfig
 from parablock.decoding.config import DecodeConfig
 from parablock.engine.config import EngineConfig
@@ -23,6 +24,7 @@ CLASSES = {  # and where they are read
     ServeConfig: "`parablock serve`",
     EvalConfig: "`parablock eval`",
     BenchConfig: "`parablock bench`",
+    BatchConfig: "`parablock batch`, with all settings of `DecodeConfig`",
 }
 HEAD = """# Settings
 

@@ -11,8 +11,10 @@ from processes import run, start
 
 import parablock as pb
 from parablock.batch.output import AnswerFile
-from parablock.batch.running import IN_FLIGHT, EngineStoppedError, answers, encode
+from parablock.batch.plain import PromptWorker, encode
+from parablock.batch.running import IN_FLIGHT, Local, StoppedError, answers
 from parablock.data.chat import IGNORE, encode_chat, encode_prompt
+from parablock.data.lines import read_lines
 from parablock.data.prompts import Prompt, Unusable, read_prompts, to_prompt
 from parablock.data.sources import load_data
 from parablock.data.word_problems import word_problem
@@ -190,7 +192,7 @@ def test_adapt_learns_an_answer_and_its_end_only_where_it_has_one(bundled: Any, 
         (["--model", "bundled-ar"], "belongs to another job (model: 'bundled' there, 'bundled-ar' here)"),
         (["--threshold", "0.5"], "belongs to another job (decoding:"),
         (["--limit", "1"], "belongs to another job (limit: None there, 1 here)"),
-        (["more"], "belongs to another job (bytes:"),
+        (["more"], "belongs to another job (files:"),
         (["no job"], "nothing says which job"),
         (["locked"], "another process writes"),
         (["--max-rows", "0"], "max_rows=0"),
@@ -203,8 +205,8 @@ def test_adapt_learns_an_answer_and_its_end_only_where_it_has_one(bundled: Any, 
 def test_refusals(change: list[str], message: str, tmp_path: Path) -> None:
     prompts, output = write(tmp_path / "prompts.jsonl", [{"prompt": QUESTIONS[0]}] * 2), tmp_path / "answers.jsonl"
     decoding = vars(pb.DecodeConfig())
-    job = {"model": "bundled", "dtype": None, "decoding": decoding, "prompts": prompts.name}
-    file = AnswerFile(output, job | {"bytes": prompts.stat().st_size, "limit": None})
+    files = {prompts.name: prompts.stat().st_size}
+    file = AnswerFile(output, {"model": "bundled", "dtype": None, "decoding": decoding, "limit": None, "files": files})
     if change[0] not in ("--max-new-tokens", "--max-rows"):
         with file:
             file.write({"id": 1, "line": 1, "error": {"message": "no"}})
@@ -278,7 +280,7 @@ def test_ids(tmp_path: Path) -> None:
     ]
     path = tmp_path / "prompts.jsonl"
     path.write_bytes("\n".join(lines).encode("utf-8").replace("ÿ".encode(), b"\xff"))
-    found = list(read_prompts(path))
+    found = list(read_prompts(read_lines([path])))
     assert [entry.id for entry in found] == [1, 2, 4, None, 5]
     assert [type(entry) for entry in found] == [Unusable, Unusable, Prompt, Unusable, Unusable]
     messages = [entry.message for entry in found if isinstance(entry, Unusable)]
@@ -296,25 +298,25 @@ def test_few_prompts_are_read_ahead_and_failures_are_their_own(bundled: Any) -> 
             taken += 1
             yield Prompt(line, line, [{"role": "user", "content": question}])
 
-    config = pb.DecodeConfig(max_new_tokens=8)
-    with pb.Engine(model, pb.EngineConfig(max_rows=1)) as engine:
-        engine.start()
+    worker = PromptWorker(model, tokenizer, pb.DecodeConfig(max_new_tokens=8), pb.EngineConfig(max_rows=1))
+    with Local(worker, 1) as local:
         found = []
-        for answer in answers(engine, tokenizer, prompts(), config):
-            found.append(answer)
+        for ended in answers(local, prompts()):
+            assert ended is not None
+            found.append(ended.record)
             assert taken <= len(found) + IN_FLIGHT
-    assert Counter(type(answer).__name__ for answer in found) == {"Answer": 20, "Failure": 1}
+    assert Counter("error" in record for record in found) == {False: 20, True: 1}
 
 
 def test_an_engine_that_stops_ends_the_job(bundled: Any) -> None:
     model, tokenizer = bundled
     prompts = [Prompt(line, line, [{"role": "user", "content": q}]) for line, q in enumerate(QUESTIONS, start=1)]
-    with pb.Engine(model, pb.EngineConfig(max_rows=1)) as engine:
-        engine.start()
-        running = answers(engine, tokenizer, prompts, pb.DecodeConfig())
+    worker = PromptWorker(model, tokenizer, pb.DecodeConfig(), pb.EngineConfig(max_rows=1))
+    with Local(worker, 1) as local:
+        running = answers(local, prompts)
         next(running)
-        engine.close()
-        with pytest.raises(EngineStoppedError, match="the engine has stopped"):
+        worker.engine.close()
+        with pytest.raises(StoppedError, match="the engine has stopped"):
             list(running)
 
 

@@ -9,6 +9,7 @@ import pytest
 import settings_tables
 import typer
 
+from parablock.batch.config import BatchConfig
 from parablock.bench.config import BenchConfig
 from parablock.cli import app
 from parablock.decoding.config import DecodeConfig
@@ -29,7 +30,7 @@ def config_classes() -> list[Any]:
 
 
 def test_every_setting_has_a_help_text() -> None:
-    assert len(config_classes()) == 7
+    assert len(config_classes()) == 8
     for config_class in config_classes():
         for field in dataclasses.fields(config_class):
             assert field.metadata.get("help", "").endswith("."), (config_class.__name__, field.name)
@@ -46,6 +47,7 @@ def test_the_document_is_current() -> None:
         ("generate", DecodeConfig, ()),
         ("chat", DecodeConfig, ()),
         ("batch", DecodeConfig, ()),
+        ("batch", BatchConfig, ()),
         ("eval", DecodeConfig, ()),
         ("eval", EvalConfig, ()),
         ("bench", BenchConfig, ()),

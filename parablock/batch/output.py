@@ -10,6 +10,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from parablock.batch.finishing import TABLE, in_order, write_lines, write_table
+from parablock.data.lines import tables
 from parablock.evals.files import write_text
 
 FEW = 5  # lines that are named where many have failed
@@ -26,31 +28,44 @@ class Tally:
 
     def add(self, record: dict[str, Any]) -> None:
         """Count one more."""
-        if "error" in record:
+        if failed(record):
             self.failed += 1
             self.first_failed = sorted([*self.first_failed, record["line"]])[:FEW]
         else:
             self.answered += 1
-            self.cut += record["finish_reason"] == "length"
+            self.cut += _is_cut(record)
+
+
+def failed(record: dict[str, Any]) -> bool:
+    """Whether a line of the output holds no answer; a response may be an error, too."""
+    return record.get("error") is not None or ("response" in record and record["response"]["status_code"] != 200)
+
+
+def _is_cut(record: dict[str, Any]) -> bool:
+    answers = record["response"]["body"]["choices"] if "response" in record else [record]
+    return any(answer["finish_reason"] == "length" for answer in answers)
 
 
 class AnswerFile:
     """The output. Its lines go to PATH.part, beside PATH.job, which says whose they are, until `finish` names it PATH.
 
     Args:
-        path: the output.
+        path: the output; with the suffix .parquet a table.
         job: all that the answers depend on. What a process that was killed has written for the same job is kept;
-            `lines` are those of the prompts that it is about.
+            `lines` are those of the input that it is about.
+        ordered: the finished file's lines stand in the order of the input.
 
     Raises (by `with`):
         ValueError: there is an output, another process writes it, or what is there belongs to another job.
     """
 
-    def __init__(self, path: Path, job: dict[str, Any]) -> None:
+    def __init__(self, path: Path, job: dict[str, Any], *, ordered: bool = False) -> None:
         self.path, self.part = path, path.with_name(f"{path.name}.part")
         self.lines: set[int] = set()
         self.tally = Tally()
         self.seed = 0
+        self._ordered = ordered
+        self._table = path.suffix == TABLE
         self._job = json.loads(json.dumps(job))
         self._job_file = path.with_name(f"{path.name}.job")
         self._lock = FileLock(path.with_name(f"{path.name}.lock"))
@@ -58,6 +73,8 @@ class AnswerFile:
     def __enter__(self) -> "AnswerFile":
         if self.path.exists():
             raise ValueError(f"{str(self.path)!r} is there already, finished; name another file")
+        if self._table:
+            tables()  # is it installed?
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -109,10 +126,18 @@ class AnswerFile:
         self.tally.add(record)
 
     def finish(self) -> None:
-        """All is there: the output gets its name."""
+        """All is there: the output gets its name, once it has its order and its format."""
         os.fsync(self._file.fileno())
         self._file.close()
-        self.part.replace(self.path)
+        whole = self.part
+        if self._ordered or self._table:
+            whole = self.path.with_name(f"{self.path.name}.whole")
+            with whole.open("wb") as file, self.part.open("rb") as part:
+                (write_table if self._table else write_lines)(file, in_order(self.part) if self._ordered else part)
+                file.flush()
+                os.fsync(file.fileno())
+        whole.replace(self.path)
+        self.part.unlink(missing_ok=True)
         self._job_file.unlink()
 
     def __exit__(self, *_: object) -> None:

@@ -1,114 +1,140 @@
-"""Prompts to answers: one engine is kept full, whoever reads the prompts and whoever writes the answers."""
+"""Lines to answers: workers are kept full, whoever reads the lines and whoever writes the answers.
 
+A worker answers a task in a coroutine, so one thread waits for all that are under way. `Local` has one worker, in this
+process; `actors.py` has many on Ray.
+"""
+
+import asyncio
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
-from jinja2.exceptions import TemplateError
-
-from parablock.data.chat import Message, encode_prompt
-from parablock.data.prompts import Id, Prompt, Unusable
-from parablock.decoding.config import DecodeConfig
-from parablock.engine.engine import Engine
-from parablock.engine.request import Handle, Request
-
-IN_FLIGHT = 4  # requests that run or wait in the engine, in rows of it
+IN_FLIGHT = 4  # tasks that run or wait in an engine, in rows of it
 PAUSE = 10.0  # seconds without an end that a caller hears of
 
 
-class EngineStoppedError(RuntimeError):
+class Task(Protocol):
+    """What a worker answers."""
+
+    @property
+    def line(self) -> int:
+        """Its place in the input."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a line: its line of the output; `tokens` of the answer, which took so many decode `forwards`."""
+
+    line: int
+    record: dict[str, Any]
+    tokens: int = 0
+    forwards: int = 0
+
+
+class StoppedError(RuntimeError):
     """Nothing can be run any more."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the engine made of a prompt; `tokens` of the answer, which took so many decode `forwards`."""
+class Worker(Protocol):
+    """A model and its engine."""
 
-    prompt: Prompt
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    tokens: int
-    forwards: int
+    async def answer(self, task: Any) -> Ended:
+        """What becomes of a task, whatever that is; many run at the same time.
 
-    def record(self) -> dict[str, Any]:
-        """The line of the output."""
-        return {
-            "id": self.prompt.id, "line": self.prompt.line,
-            "messages": [*self.prompt.messages, {"role": "assistant", "content": self.text}],
-            "finish_reason": self.finish_reason, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens,
-        }  # fmt: skip
+        Raises:
+            StoppedError: the engine has stopped.
+        """
+
+    def close(self) -> None:
+        """Free all that it holds."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A line without an answer, and why."""
+class Pool(Protocol):
+    """One worker or many."""
 
-    line: int
-    id: Id | None
-    message: str
+    room: int  # tasks that it takes at once
 
-    def record(self) -> dict[str, Any]:
-        """The line of the output."""
-        return {"id": self.id, "line": self.line, "error": {"message": self.message}}
+    @property
+    def running(self) -> int:
+        """Tasks that have not ended."""
+
+    def submit(self, task: Any) -> None:
+        """Take one more."""
+
+    def wait(self) -> list[Ended]:
+        """Until a task ends, or for a while."""
 
 
-def answers(
-    engine: Engine, tokenizer: Any, prompts: Iterable[Prompt | Unusable], config: DecodeConfig
-) -> Iterator[Answer | Failure | None]:
-    """What becomes of the prompts, as they end; None when a while has passed without an end.
+def answers(pool: Pool, entries: "Iterable[Task | Ended]") -> Iterator[Ended | None]:
+    """What becomes of the entries, as they end; None when a while has passed without an end.
 
-    The engine is always given more than it has rows for, and never more than `IN_FLIGHT` times that.
+    The pool is always given more than it has rows for, and never more than its room. An entry that is answered already
+    (a line that cannot be used) is passed on.
 
     Raises:
-        EngineStoppedError: the engine has stopped.
+        StoppedError: nothing can be run any more.
     """
-    waiting = iter(prompts)
-    running: dict[int, tuple[Prompt, Handle]] = {}
-    ended: SimpleQueue[int] = SimpleQueue()
+    waiting = iter(entries)
     more = True
-    while more or running:
-        while more and len(running) < IN_FLIGHT * engine.config.max_rows:
-            prompt = next(waiting, None)
-            if prompt is None:
+    while more or pool.running:
+        while more and pool.running < pool.room:
+            entry = next(waiting, None)
+            if entry is None:
                 more = False
-            elif isinstance(prompt, Unusable):
-                yield Failure(prompt.line, prompt.id, prompt.message)
+            elif isinstance(entry, Ended):
+                yield entry
             else:
-                try:
-                    request = Request(encode(tokenizer, prompt.messages), config, sample=prompt.line - 1)
-                    handle = engine.submit(request, partial(ended.put, prompt.line))
-                except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
-                    _require_running(engine)
-                    yield Failure(prompt.line, prompt.id, str(error))
-                else:
-                    running[prompt.line] = prompt, handle
-        if not running:
-            continue
+                pool.submit(entry)
+        if pool.running:
+            yield from pool.wait() or [None]
+
+
+class Local:
+    """One worker in this process. The calling thread runs the event loop, while it waits."""
+
+    def __init__(self, worker: Worker, max_rows: int) -> None:
+        self.worker = worker
+        self.room = IN_FLIGHT * max_rows
+        self._loop = asyncio.new_event_loop()
+        self._running: set[asyncio.Task[Ended]] = set()
+        self._ended: asyncio.Queue[asyncio.Task[Ended]] = asyncio.Queue()
+
+    def __enter__(self) -> "Local":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.run_until_complete(self._give_up())
+        self._loop.close()
+        self.worker.close()
+
+    @property
+    def running(self) -> int:
+        """Tasks that have not ended."""
+        return len(self._running)
+
+    def submit(self, task: Any) -> None:
+        """Take one more."""
+        running = self._loop.create_task(self.worker.answer(task))
+        self._running.add(running)
+        running.add_done_callback(self._ended.put_nowait)
+
+    def wait(self) -> list[Ended]:
+        """Until a task ends, or for a while."""
+        ended = self._loop.run_until_complete(self._next())
+        self._running.difference_update(ended)
+        return [task.result() for task in ended]
+
+    async def _next(self) -> list[asyncio.Task[Ended]]:
         try:
-            line = ended.get(timeout=PAUSE)
-        except Empty:
-            yield None
-            continue
-        prompt, handle = running.pop(line)
-        if handle.status == "failed":
-            _require_running(engine)
-            yield Failure(prompt.line, prompt.id, f"decoding failed: {handle.error}")
-            continue
-        text = tokenizer.decode(handle.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        reason, tokens = str(handle.finish_reason), len(handle.tokens)
-        yield Answer(prompt, text, reason, len(handle.request.prompt), tokens, handle.forwards)
+            async with asyncio.timeout(PAUSE):
+                ended = [await self._ended.get()]
+        except TimeoutError:
+            return []
+        while not self._ended.empty():
+            ended.append(self._ended.get_nowait())
+        return ended
 
-
-def encode(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """The ids of a conversation; without a chat template, of a single message as it is."""
-    if tokenizer.chat_template is None and len(messages) == 1:
-        return list(tokenizer(messages[0]["content"])["input_ids"])
-    return encode_prompt(tokenizer, messages)
-
-
-def _require_running(engine: Engine) -> None:
-    if engine.closed:
-        raise EngineStoppedError(f"the engine has stopped ({engine.error})")
+    async def _give_up(self) -> None:
+        for running in self._running:
+            running.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)

@@ -1,13 +1,12 @@
-"""Prompts from a JSONL file, one per line, in any of the usual formats; what cannot be used is told line by line."""
+"""Prompts from a file's lines, in any of the usual formats; what cannot be used is told line by line."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from parablock.data.chat import Message
 from parablock.data.formats import to_chat
+from parablock.data.lines import Line
 
 ANSWERS = {"prompt": "completion", "instruction": "output", "question": "answer", "input": "output"}
 
@@ -32,34 +31,26 @@ class Unusable:
     message: str
 
 
-def read_prompts(path: Path) -> Iterator[Prompt | Unusable]:
-    """The lines of a file as they are asked for; empty ones are passed over. The ids are all that is remembered.
+def read_prompts(lines: Iterable[Line]) -> Iterator[Prompt | Unusable]:
+    """The prompts of lines as they are asked for. The ids are all that is remembered.
 
     A line's id is its `custom_id` or `id`, a string or a whole number, else the line's number; no two have the same.
     """
     seen: set[Id] = set()
-    with path.open("rb") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            known: Id = line
-            try:
-                row = _object(text)
-                known = _id(row, line)
-                if known in seen:
-                    raise ValueError(f"the id {known!r} stands in an earlier line, too; give every line its own")
-                prompt = Prompt(line, known, to_prompt(row))
-            except ValueError as error:
-                yield Unusable(line, None if known in seen else known, str(error))
-            else:
-                yield prompt
-            seen.add(known)
-
-
-def count_lines(path: Path) -> int:
-    """How many lines `read_prompts` would give."""
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    for line in lines:
+        known: Id = line.number
+        try:
+            if line.row is None:
+                raise ValueError(line.problem)
+            known = _id(line.row, line.number)
+            if known in seen:
+                raise ValueError(f"the id {known!r} stands in an earlier line, too; give every line its own")
+            prompt = Prompt(line.number, known, to_prompt(line.row))
+        except ValueError as error:
+            yield Unusable(line.number, None if known in seen else known, f"{line.where}{error}")
+        else:
+            yield prompt
+        seen.add(known)
 
 
 def to_prompt(row: Mapping[str, Any]) -> list[Message]:
@@ -103,18 +94,6 @@ def _require_list(name: str, value: Any) -> None:
         for message in value
     ):
         raise ValueError(f"{name!r} is neither a text nor a list of messages; write [{{'role': ..., 'content': ...}}]")
-
-
-def _object(text: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8; save the file in that encoding") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"it is no JSON ({error}); write one object per line") from None
-    if not isinstance(row, dict):
-        raise ValueError("it is no JSON object; write one object per line")
-    return row
 
 
 def _id(row: Mapping[str, Any], line: int) -> Id:

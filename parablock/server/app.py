@@ -72,6 +72,17 @@ class State:
 
 def create_app(served: Sequence[ServedModel], config: ServeConfig, key: str | None = None) -> FastAPI:
     """The application over running engines; `key`: what clients must send as a bearer token."""
+    app = endpoints(served, config)
+    state: State = app.state.server
+    app.add_middleware(Guard, key=key, max_body=config.max_body, responded=state.metrics.responded)
+    if config.cors_origin:
+        origins = list(config.cors_origin)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def endpoints(served: Sequence[ServedModel], config: ServeConfig) -> FastAPI:
+    """What the application is behind its guards; whoever calls it makes the log's line, `scope["state"]["log"]`."""
     app = FastAPI(
         title="parablock",
         version=__version__,
@@ -83,10 +94,6 @@ def create_app(served: Sequence[ServedModel], config: ServeConfig, key: str | No
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_middleware(Guard, key=key, max_body=config.max_body, responded=state.metrics.responded)
-    if config.cors_origin:
-        origins = list(config.cors_origin)
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     _add_answers(app, state)
     _add_views(app, state)
     return app
