@@ -58,7 +58,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[train,plot,app,eval,docs,dev]'
+	$(PIP) --editable '.[train,plot,app,eval,ray,docs,dev]'
 	touch $@ $(VENV)/.demo
 
 clean:
