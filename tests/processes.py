@@ -30,7 +30,7 @@ PATIENCE = 300.0  # seconds, on a busy machine
 IMPORTED = [
     "torch", "transformers.models.qwen2.modeling_qwen2", "transformers.trainer", "torch.distributed.run",
     "matplotlib.pyplot", "parablock.cli", "parablock.adapt", "parablock.batch.command", "parablock.bench.command",
-    "parablock.checkpoints.export",    "parablock.demo", "parablock.evals.command", "parablock.server.command",
+    "parablock.checkpoints.export", "parablock.demo", "parablock.evals.command", "parablock.server.command",
 ]  # fmt: skip
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(IMPORTED)
