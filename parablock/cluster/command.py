@@ -35,7 +35,9 @@ def run_cluster(service: Service, key: str | None) -> None:
         options = {"host": service.serve.host, "port": port}
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=QUIET)
         if NAME in serve.status().applications:
-            raise ValueError(f"this cluster serves {NAME!r} already; end that command, or update it with `serve deploy`")
+            raise ValueError(
+                f"this cluster serves {NAME!r} already; end that command, or update it with `serve deploy`"
+            )
         try:
             target = serve.RunTarget(application(service, key), name=NAME, route_prefix="/", logging_config=QUIET)
             serve.run_many([target], wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
@@ -114,4 +116,3 @@ def _tell(method: str) -> int:
     """Call a method of all replicas, from within the cluster; the sum of what they say."""
     told: list[Any] = serve.get_deployment_handle("replica", NAME).broadcast(method).results(return_exceptions=True)
     return sum(count for count in told if isinstance(count, int))
-

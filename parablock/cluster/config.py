@@ -12,7 +12,8 @@ class ClusterConfig:
 
     replicas: int = setting(1, help="Processes with the model, behind one address.")
     min_replicas: int | None = setting(
-        None, help="With --max-replicas, in place of --replicas: as many as the requests in flight need, at least so many."
+        None,
+        help="With --max-replicas, in place of --replicas: as many as the requests in flight need, at least so many.",
     )
     max_replicas: int | None = setting(None, help="... and at most so many.")
     gpus_per_replica: float = setting(0.0, help="GPUs of each replica; a fraction shares one.")

@@ -77,7 +77,9 @@ class Front:
                     await _break_off(started, send)
                     return
                 if last:
-                    raise ApiError(503, "the replica was lost, and so was another; try again", code="replica_lost") from None
+                    raise ApiError(
+                        503, "the replica was lost, and so was another; try again", code="replica_lost"
+                    ) from None
                 self._rerun += 1
                 asked = asked.elsewhere(error.replica if isinstance(error, GivenBackError) else None)
 

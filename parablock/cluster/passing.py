@@ -23,7 +23,9 @@ class Asked:
         """What can be sent of an ASGI scope; the request's id is the one that Ray's proxy gave it."""
         sent = {name: scope[name] for name in PASSED if name in scope}
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:64]
-        return cls({"type": "http", "asgi": {"version": "3.0"}, **sent, "request_id": request_id}, body, tuple(beginning))
+        return cls(
+            {"type": "http", "asgi": {"version": "3.0"}, **sent, "request_id": request_id}, body, tuple(beginning)
+        )
 
     def elsewhere(self, replica: str | None) -> "Asked":
         """The same for any replica but this one."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 PIECE = 128  # characters that are known or unknown together
 LEAST = 64  # characters; K/V are reused in whole blocks of 32 tokens, so less than that is not worth a way
