@@ -17,10 +17,10 @@ RAY_VERSION = "2.60.0"
 PORT = 8000  # where KubeRay's service expects Ray Serve
 SECRET = "parablock"  # with the field api-key
 HEADS = {
-    "serve.yaml": "# serve deploy serve.yaml    (parablock[ray] is installed on all machines of the cluster; the key is\n"
-    "# PARABLOCK_API_KEY in the environment of Ray's head)\n",
-    "rayservice.yaml": "# kubectl apply -f rayservice.yaml    (KubeRay's operator is there; the image has parablock[ray]; a key,\n"
-    "# if you want one: kubectl create secret generic parablock --from-literal=api-key=...)\n",
+    "serve.yaml": "# serve deploy serve.yaml    All machines have parablock[ray]; the key is PARABLOCK_API_KEY in the\n"
+    "# environment of Ray's head.\n",
+    "rayservice.yaml": "# kubectl apply -f rayservice.yaml    KubeRay's operator is there, and the image has parablock[ray].\n"
+    "# A key, if you want one: kubectl create secret generic parablock --from-literal=api-key=...\n",
 }
 
 

@@ -1,4 +1,4 @@
-"""What stands before the replicas: reads a request, has it routed, passes the answer on, and sees to replicas that die."""
+"""What stands before the replicas: has a request routed, passes the answer on, and sees to replicas that die."""
 
 import asyncio
 import json

@@ -59,7 +59,7 @@ class Writer:
         yield DONE
 
     def _roles(self) -> list[str]:
-        """The events that a chat begins with, as soon as there is more: until then the request can still go elsewhere."""
+        """What a chat begins with, told when there is more: until then the request can still go to another replica."""
         choices = self.answers.choices if self.chat else []
         return [self._event([self._part(choice.index, {"role": "assistant", "content": ""})]) for choice in choices]
 
