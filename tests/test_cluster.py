@@ -194,10 +194,8 @@ def test_more_gpus_than_there_are(tmp_path: Path) -> None:
 
 
 def test_without_ray() -> None:
-    code = (
-        "import sys; sys.modules['ray'] = None; from parablock.cli import main; sys.argv = ['parablock', *{}]; main()"
-    )
-    refused = run_program([sys.executable, "-c", code.format(["serve", "--replicas", "2"])])
+    code = "import sys; sys.modules['ray'] = None; sys.argv = {}; from parablock.cli import main; main()"
+    refused = run_program([sys.executable, "-c", code.format(["parablock", "serve", "--replicas", "2"])])
     assert refused.returncode == 2
     assert "parablock[ray]" in refused.stderr
     unasked = "import sys, parablock.cli, parablock.server.command; assert 'ray' not in sys.modules"

@@ -23,8 +23,8 @@ def application(service: Service, key: str | None) -> Application:
     """The service; `key`: what clients must send as a bearer token."""
     config, cluster = service.serve, service.cluster
     resources = {"num_cpus": cluster.cpus_per_replica, "num_gpus": cluster.gpus_per_replica}
-    ends = {"graceful_shutdown_timeout_s": config.drain, "graceful_shutdown_wait_loop_s": 0.2}
-    replica = serve.deployment(
+    ends: dict[str, Any] = {"graceful_shutdown_timeout_s": config.drain, "graceful_shutdown_wait_loop_s": 0.2}
+    replica: Any = serve.deployment(
         Replica,
         name="replica",
         ray_actor_options=resources,
@@ -38,19 +38,21 @@ def application(service: Service, key: str | None) -> Application:
         **_scale(cluster, config),
         **ends,
     )
-    front = serve.deployment(
-        serve.ingress()(Front),
+    ingress: Any = serve.ingress()(Front)
+    front: Any = serve.deployment(
+        ingress,
         name="front",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
         health_check_period_s=1.0,
         **ends,
     )
-    return front.bind(replica.bind(service, key), service)
+    bound: Application = front.bind(replica.bind(service, key), service)
+    return bound
 
 
 def _scale(cluster: ClusterConfig, config: ServeConfig) -> dict[str, Any]:
-    if cluster.max_replicas is None:
+    if cluster.min_replicas is None or cluster.max_replicas is None:
         return {"num_replicas": cluster.replicas}
     return {
         "autoscaling_config": AutoscalingConfig(
@@ -66,9 +68,11 @@ def build(arguments: dict[str, Any]) -> Application:
 
     The key is that of the environment (`PARABLOCK_API_KEY`), so that no file holds it.
     """
+    given = arguments["serve"].items()
+    settings: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     service = Service(
         tuple(arguments["models"]),
-        ServeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments["serve"].items()}),
+        ServeConfig(**settings),
         ClusterConfig(**arguments["cluster"]),
         arguments["dtype"],
     )
