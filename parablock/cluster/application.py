@@ -24,13 +24,14 @@ def application(service: Service, key: str | None) -> Application:
     config, cluster = service.serve, service.cluster
     resources = {"num_cpus": cluster.cpus_per_replica, "num_gpus": cluster.gpus_per_replica}
     ends: dict[str, Any] = {"graceful_shutdown_timeout_s": config.drain, "graceful_shutdown_wait_loop_s": 0.2}
+    router: Any = PrefixRouter
     replica: Any = serve.deployment(
         Replica,
         name="replica",
         ray_actor_options=resources,
         max_ongoing_requests=config.max_rows + config.max_queue + BESIDE,
         request_router_config=RequestRouterConfig(
-            request_router_class=PrefixRouter, request_router_kwargs={"slack": max(2, config.max_rows // 4)}
+            request_router_class=router, request_router_kwargs={"slack": max(2, config.max_rows // 4)}
         ),
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,

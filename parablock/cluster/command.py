@@ -17,6 +17,7 @@ from parablock.server.config import ServeConfig
 from parablock.server.listener import warn_if_open
 
 POLL = 0.2  # seconds between looks at what runs
+KNOWN_SECONDS = 10.0  # until a process knows the replicas, if there are any
 ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.DELETING, ApplicationStatus.NOT_STARTED)
 
 
@@ -114,5 +115,8 @@ def _drain(seconds: float, came: Sequence[int]) -> None:
 @ray.remote(num_cpus=0)
 def _tell(method: str) -> int:
     """Call a method of all replicas, from within the cluster; the sum of what they say."""
-    told: list[Any] = serve.get_deployment_handle("replica", NAME).broadcast(method).results(return_exceptions=True)
+    replicas = serve.get_deployment_handle("replica", NAME)
+    ends_at = time.monotonic() + KNOWN_SECONDS
+    while not (told := replicas.broadcast(method).results(return_exceptions=True)) and time.monotonic() < ends_at:
+        time.sleep(POLL)  # a new process does not know the replicas at once
     return sum(count for count in told if isinstance(count, int))

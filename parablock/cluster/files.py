@@ -19,7 +19,7 @@ SECRET = "parablock"  # with the field api-key
 HEADS = {
     "serve.yaml": "# serve deploy serve.yaml    All machines have parablock[ray]; the key is PARABLOCK_API_KEY in the\n"
     "# environment of Ray's head.\n",
-    "rayservice.yaml": "# kubectl apply -f rayservice.yaml    KubeRay's operator is there, and the image has parablock[ray].\n"
+    "rayservice.yaml": "# kubectl apply -f rayservice.yaml    KubeRay's operator is there, the image has parablock[ray].\n"
     "# A key, if you want one: kubectl create secret generic parablock --from-literal=api-key=...\n",
 }
 
@@ -35,7 +35,8 @@ def write_files(service: Service, folder: Path) -> None:
 
 
 def _text(content: dict[str, Any]) -> str:
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+    return text
 
 
 class _Dumper(yaml.SafeDumper):

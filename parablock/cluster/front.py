@@ -86,7 +86,7 @@ class Front:
     async def _messages(self, asked: Asked) -> AsyncIterator[Message]:
         """What one replica answers. Whoever leaves cancels it."""
         ends_at = time.monotonic() + self._patience
-        stream = self._replicas.options(stream=True).answer.remote(asked)
+        stream: Any = self._replicas.options(stream=True).answer.remote(asked)
         try:
             while True:
                 try:

@@ -15,9 +15,9 @@ from parablock.cluster.prefixes import Prefixes
 class PrefixRouter(RequestRouter):
     """A request goes to the replica that has the K/V of its beginning, unless that one is clearly busier."""
 
-    def initialize_state(self, slack: int = 8) -> None:
+    def initialize_state(self, **kwargs: Any) -> None:
         """Called by Ray with `request_router_kwargs`."""
-        self._prefixes = Prefixes(slack)
+        self._prefixes = Prefixes(kwargs["slack"])
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
