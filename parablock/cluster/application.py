@@ -24,19 +24,16 @@ def application(service: Service, key: str | None) -> Application:
     config, cluster = service.serve, service.cluster
     resources = {"num_cpus": cluster.cpus_per_replica, "num_gpus": cluster.gpus_per_replica}
     ends: dict[str, Any] = {"graceful_shutdown_timeout_s": config.drain, "graceful_shutdown_wait_loop_s": 0.2}
-    router: Any = PrefixRouter
     replica: Any = serve.deployment(
         Replica,
         name="replica",
         ray_actor_options=resources,
         max_ongoing_requests=config.max_rows + config.max_queue + BESIDE,
-        request_router_config=RequestRouterConfig(
-            request_router_class=router, request_router_kwargs={"slack": max(2, config.max_rows // 4)}
-        ),
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
         max_constructor_retry_count=2,
         **_scale(cluster, config),
+        **_routing(cluster, config),
         **ends,
     )
     ingress: Any = serve.ingress()(Front)
@@ -62,6 +59,14 @@ def _scale(cluster: ClusterConfig, config: ServeConfig) -> dict[str, Any]:
             target_ongoing_requests=max(1, config.max_rows // 2),
         )
     }
+
+
+def _routing(cluster: ClusterConfig, config: ServeConfig) -> dict[str, Any]:
+    if cluster.routing == "balance":
+        return {}
+    router: Any = PrefixRouter
+    slack = {"slack": max(2, config.max_rows // 4)}
+    return {"request_router_config": RequestRouterConfig(request_router_class=router, request_router_kwargs=slack)}
 
 
 def build(arguments: dict[str, Any]) -> Application:

@@ -1,9 +1,12 @@
 """What a user can set about replicas."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from parablock.server.config import ServeConfig
-from parablock.settings import require, require_at_least, setting
+from parablock.settings import require, require_at_least, require_choice, setting
+
+Routing = Literal["prefixes", "balance"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,10 @@ class ClusterConfig:
     max_replicas: int | None = setting(None, help="... and at most so many.")
     gpus_per_replica: float = setting(0.0, help="GPUs of each replica; a fraction shares one.")
     cpus_per_replica: float = setting(1.0, help="CPUs of each replica: the threads it computes with.")
+    routing: Routing = setting(
+        "prefixes",
+        help="'prefixes': to the replica that has the K/V of a request's beginning; 'balance': Ray's default.",
+    )
     address: str | None = setting(
         None,
         help="A running Ray cluster: 'auto' (this machine's), HOST:PORT, or ray://HOST:PORT. Default: one of this "
@@ -25,6 +32,7 @@ class ClusterConfig:
     )
 
     def __post_init__(self) -> None:
+        require_choice("routing", self.routing, Routing)
         require_at_least(self, 1, "replicas", "min_replicas", "max_replicas")
         require_at_least(self, 0, "gpus_per_replica", "cpus_per_replica")
         if (self.min_replicas is None) != (self.max_replicas is None):

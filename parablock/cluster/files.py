@@ -19,7 +19,7 @@ SECRET = "parablock"  # with the field api-key
 HEADS = {
     "serve.yaml": "# serve deploy serve.yaml    All machines have parablock[ray]; the key is PARABLOCK_API_KEY in the\n"
     "# environment of Ray's head.\n",
-    "rayservice.yaml": "# kubectl apply -f rayservice.yaml    KubeRay's operator is there, the image has parablock[ray].\n"
+    "rayservice.yaml": "# kubectl apply -f rayservice.yaml    The image has parablock[ray].\n"
     "# A key, if you want one: kubectl create secret generic parablock --from-literal=api-key=...\n",
 }
 
