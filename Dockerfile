@@ -4,6 +4,8 @@ ARG BASE=python:3.12-slim
 # hadolint ignore=DL3006
 FROM ${BASE}
 ARG TORCH_INDEX=
+# the extras that are installed: serve, or ray for replicas
+ARG EXTRAS=serve
 
 ENV OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 HF_HOME=/home/parablock/.cache/huggingface
 WORKDIR /opt/parablock
@@ -16,7 +18,7 @@ RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torc
 
 COPY pyproject.toml README.md LICENSE ./
 COPY parablock ./parablock
-RUN pip install --no-cache-dir --constraint constraints.txt '.[serve]' \
+RUN pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]" \
     && useradd --create-home --uid 10001 parablock \
     && install -d -o parablock -g parablock "${HF_HOME}"
 

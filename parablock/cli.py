@@ -13,6 +13,7 @@ from parablock.batch.config import BatchConfig
 from parablock.bench.config import BenchConfig
 from parablock.checkpoints.look import announce, look
 from parablock.checkpoints.named import BUNDLED_MODELS, default_model
+from parablock.cluster.config import ClusterConfig, Service
 from parablock.decoding.config import DecodeConfig
 from parablock.evals.config import EvalConfig
 from parablock.options import NOTHING, Given, options
@@ -268,20 +269,45 @@ def batch(
 
 @app.command()
 @options(ServeConfig, "Server")
+@options(ClusterConfig, "Replicas, on Ray", into="cluster", sparse=True)
 def serve(
     model: ModelArgument = None,
     also: Annotated[list[str] | None, typer.Option(help="One more model in the same server (repeatable).")] = None,
     dtype: DtypeOption = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="Serve nothing; write files for `serve deploy` and KubeRay to this folder.", metavar="DIR"),
+    ] = None,
     given: Given = NOTHING,
+    cluster: Given = NOTHING,
 ) -> None:
     """Serve models over OpenAI's HTTP interface; the key, if there is one, is in PARABLOCK_API_KEY."""
-    config = ServeConfig(**given)
+    config, replicas = ServeConfig(**given), ClusterConfig(**cluster)
     for library in ("uvicorn", "fastapi", "prometheus_client"):
         require_library(library, "serve")
-    names = [_announced(name, DecodeConfig()) for name in (model, *(also or []))]
-    from parablock.server.command import run_server
+    names, key = (
+        [name or default_model() for name in (model, *(also or []))],
+        os.environ.get("PARABLOCK_API_KEY") or None,
+    )
+    service = Service(tuple(names), config, replicas, dtype)
+    if write_config is not None:
+        require_library("yaml", "ray")
+        from parablock.cluster.files import write_files
 
-    run_server(names, config, os.environ.get("PARABLOCK_API_KEY") or None, dtype)
+        write_files(service, write_config)
+        return
+    if cluster:
+        require_library("ray", "ray")
+    for name in names:
+        announce(look(name), DecodeConfig())
+    if cluster:
+        from parablock.cluster.command import run_cluster
+
+        run_cluster(service, key)
+    else:
+        from parablock.server.command import run_server
+
+        run_server(names, config, key, dtype)
 
 
 @app.callback(invoke_without_command=True)
@@ -299,6 +325,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # the lines of the requests' log are alike
     warnings.showwarning = lambda message, *_: print(f"parablock: warning: {message}", file=sys.stderr)
     try:
         app(standalone_mode=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from parablock.bench.plots import plot_losses
 from parablock.checkpoints.checks import ADAPTER, ADAPTER_FIELDS, ADAPTER_TENSORS
-from parablock.checkpoints.look import BUNDLED
+from parablock.checkpoints.named import BUNDLED, SMOLLM2_AR
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "smollm2-held-out.json"
@@ -97,6 +97,8 @@ def main() -> None:
     target.mkdir(exist_ok=True)
     for name in (ADAPTER, ADAPTER_TENSORS, ADAPTER_FIELDS):
         shutil.copy(given.run / "model" / name, target / name)
+    named = json.loads((target / ADAPTER).read_text()) | {"base_model_name_or_path": SMOLLM2_AR}  # wherever it lay
+    (target / ADAPTER).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
     import yaml
 
     recipe = yaml.safe_load((given.run / "recipe.yaml").read_text())

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from parablock.batch.config import BatchConfig
 from parablock.bench.config import BenchConfig
+from parablock.cluster.config import ClusterConfig
 from parablock.decoding.config import DecodeConfig
 from parablock.engine.config import EngineConfig
 from parablock.evals.config import EvalConfig
@@ -22,6 +23,7 @@ CLASSES = {  # and where they are read
     AdaptConfig: "`parablock adapt` and its recipes, with all settings of `TrainConfig`; those that are new or differ",
     EngineConfig: "`pb.Engine`",
     ServeConfig: "`parablock serve`",
+    ClusterConfig: "`parablock serve`; any of them starts replicas on Ray",
     EvalConfig: "`parablock eval`",
     BenchConfig: "`parablock bench`",
     BatchConfig: "`parablock batch`, with all settings of `DecodeConfig`",

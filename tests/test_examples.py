@@ -167,6 +167,7 @@ def test_architecture_lists_every_file() -> None:
 def test_rooms_import_only_from_rooms_above() -> None:
     rooms = [
         "settings", "cached", "packed", "data", "diffusion", "training", "decoding", "checkpoints", "engine", "server",
+        "cluster",
         "app", "evals", "bench", "batch", "adapt", "demo",
     ]  # fmt: skip
     for path in (ROOT / "parablock").rglob("*.py"):

@@ -5,10 +5,11 @@ which is run again as a whole when its worker dies. Here every answer arrives by
 single process writes, and is gone on with in the same way, whoever was killed.
 """
 
+import math
 import os
-import socket
 from collections import deque
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -17,11 +18,9 @@ from typing import Any
 from parablock.batch.config import BatchConfig
 from parablock.batch.running import IN_FLIGHT, PAUSE, Ended, StoppedError, Worker
 from parablock.batch.workers import Setup
+from parablock.cluster.joining import join
 
-LISTENS = 5.0  # seconds until an address is taken for wrong
-STORE = 100 * 2**20  # bytes of shared memory of a cluster of our own: an answer is small
 DEATHS = 3  # of each worker in a row, without an answer in between: then the job ends
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 class Remote:
@@ -72,19 +71,16 @@ class Actors:
         self._deaths = 0
 
     def __enter__(self) -> "Actors":
-        connect(self._config)
-        try:
+        cpus = max(len(os.sched_getaffinity(0)), math.ceil(self._count * self._config.cpus_per_replica))
+        with ExitStack() as joined:
+            joined.enter_context(join(self._config.address, cpus, quiet=True))
             self._require_room()
             self._actors = [self._start() for _ in range(self._count)]
-        except BaseException:
-            self.__exit__()
-            raise
+            self._joined = joined.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        import ray
-
-        ray.shutdown()  # ends the workers, and a cluster of our own
+        self._joined.close()  # ends the workers, and a cluster of our own
 
     @property
     def running(self) -> int:
@@ -132,7 +128,7 @@ class Actors:
     def _start(self) -> _Actor:
         import ray
 
-        remote = ray.remote(Remote).options(  # type: ignore[attr-defined]
+        remote = ray.remote(Remote).options(
             num_cpus=self._config.cpus_per_replica, num_gpus=self._config.gpus_per_replica,
             max_concurrency=self._each + 1, max_restarts=0, max_task_retries=0,
         )  # fmt: skip
@@ -177,7 +173,7 @@ class Actors:
         """ValueError where the cluster could never run so many workers."""
         import ray
 
-        has = ray.cluster_resources()
+        has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         for name, option, each in (
             ("CPU", "cpus", self._config.cpus_per_replica), ("GPU", "gpus", self._config.gpus_per_replica),
         ):  # fmt: skip
@@ -186,40 +182,3 @@ class Actors:
                     f"replicas={self._count} with {each:g} {name}s each need {each * self._count:g}, and the cluster "
                     f"has {has.get(name, 0):g}; use fewer --replicas, or fewer --{option}-per-replica"
                 )
-
-
-def connect(config: BatchConfig) -> None:
-    """Join the cluster, or start one on this machine that ends with this process.
-
-    Raises:
-        ValueError: nobody listens at the address.
-    """
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
-    import ray
-
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    if config.address is None:
-        assert config.processes is not None
-        cpus = max(len(os.sched_getaffinity(0)), int(-(-config.processes * config.cpus_per_replica // 1)))
-        ray.init("local", num_cpus=cpus, object_store_memory=STORE, _node_ip_address="127.0.0.1", **quiet)
-        return
-    remedy = "start a cluster with `ray start --head`, or correct the address"
-    if config.address != "auto":
-        _require_listener(config.address, remedy)
-    del quiet["include_dashboard"]
-    try:
-        ray.init(config.address, **quiet)
-    except (ConnectionError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no Ray cluster answers at address={config.address!r} ({reason}); {remedy}") from None
-
-
-def _require_listener(address: str, remedy: str) -> None:
-    """Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"address={address!r} is no address; use auto, HOST:PORT or ray://HOST:PORT")
-    try:
-        socket.create_connection((host, int(port)), LISTENS).close()
-    except OSError as error:
-        raise ValueError(f"nobody listens at address={address!r} ({error.strerror or error}); {remedy}") from None

@@ -134,7 +134,8 @@ class CallWorker:
         async def receive() -> dict[str, Any]:
             if asked:
                 return asked.pop()
-            return await asyncio.get_running_loop().create_future()  # nobody leaves
+            left: dict[str, Any] = await asyncio.get_running_loop().create_future()  # nobody leaves
+            return left
 
         async def send(message: Any) -> None:
             nonlocal status, told

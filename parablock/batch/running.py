@@ -86,7 +86,8 @@ def answers(pool: Pool, entries: "Iterable[Task | Ended]") -> Iterator[Ended | N
             else:
                 pool.submit(entry)
         if pool.running:
-            yield from pool.wait() or [None]
+            ended: list[Ended | None] = [*pool.wait()]
+            yield from ended or [None]
 
 
 class Local:

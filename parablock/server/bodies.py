@@ -43,12 +43,11 @@ class Writer:
     async def events(self) -> AsyncIterator[str]:
         """The answer as server-sent events; an error ends it with an event of its own."""
         try:
-            if self.chat:
-                for choice in self.answers.choices:
-                    yield self._event([self._part(choice.index, {"role": "assistant", "content": ""})])
+            begun = False
             async for piece in self.answers.pieces():
-                for event in self._piece(piece):
+                for event in [*([] if begun else self._roles()), *self._piece(piece)]:
                     yield event
+                begun = True
             if self._usage:
                 figures = {"usage": self.answers.usage(self._prompt_tokens), "parablock": self.answers.figures()}
                 yield self._event([], **figures)
@@ -58,6 +57,11 @@ class Writer:
         finally:
             self.answers.close()
         yield DONE
+
+    def _roles(self) -> list[str]:
+        """What a chat begins with, told when there is more: until then the request can still go to another replica."""
+        choices = self.answers.choices if self.chat else []
+        return [self._event([self._part(choice.index, {"role": "assistant", "content": ""})]) for choice in choices]
 
     def _piece(self, piece: Piece) -> list[str]:
         choice = piece.choice

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from parablock.engine.config import EngineConfig
 from parablock.server.app import State, create_app
 from parablock.server.config import ServeConfig
 from parablock.server.listener import Listener, warn_if_open
@@ -25,17 +24,16 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None, dtype
         OSError: the address is taken.
         SystemExit: an engine has stopped by itself, or the HTTP server has; the message says why.
     """
-    with _listen(config) as listening:
+    with listen(config) as listening:
         address, port = listening.getsockname()[:2]
         warn_if_open(address, key)
-        shared = {name: getattr(config, name) for name in ("max_rows", "max_queue", "kv_dtype", "compile")}
-        served = load_models(names, EngineConfig(**shared), dtype)
+        served = load_models(names, config.engine(), dtype)
         try:
             app = create_app(served, config, key)
             state: State = app.state.server
-            with _signals() as came:
+            with noted_signals() as came:
                 listener = Listener(app, listening)
-                _say(f"parablock serves {', '.join(state.served)} at http://{config.host}:{port}/v1")
+                say(f"parablock serves {', '.join(state.served)} at http://{config.host}:{port}/v1")
                 while not came and not state.stopped and listener.alive:
                     time.sleep(POLL)
                 state.draining = True
@@ -57,7 +55,7 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None, dtype
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def noted_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM end nothing meanwhile: the list holds those that came."""
     came: list[int] = []
 
@@ -72,12 +70,13 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on stderr."""
     with contextlib.suppress(OSError):  # nowhere to say it
         os.write(2, f"{text}\n".encode())
 
 
-def _listen(config: ServeConfig) -> socket.socket:
+def listen(config: ServeConfig) -> socket.socket:
     """The address is taken before the models are loaded, so that a wrong one is told at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # asyncio turns off Nagle's delay only where the protocol is named

@@ -23,6 +23,12 @@ class ServeConfig:
     kv_dtype: KVDtype | None = setting(None, help=help_of(EngineConfig, "kv_dtype"))
     compile: bool = setting(False, help="torch.compile: slower start, faster steps.")
 
+    def engine(self) -> EngineConfig:
+        """The settings of every model's engine."""
+        return EngineConfig(
+            max_rows=self.max_rows, max_queue=self.max_queue, kv_dtype=self.kv_dtype, compile=self.compile
+        )
+
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "port", self.port, "use 1 to 65535, or 0 for any free one")
         require_at_least(self, 1, "max_rows", "max_body")

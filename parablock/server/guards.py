@@ -24,6 +24,7 @@ class Guard:
     """ASGI middleware around the application.
 
     `scope["state"]["log"]` is the request's line: handlers add to it what they know (never prompts or answers).
+    `scope["state"]["id"]` is its id, where somebody before has given it one.
     """
 
     def __init__(self, app: ASGIApp, key: str | None, max_body: int, responded: Callable[[int], None]) -> None:
@@ -38,8 +39,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        line: dict[str, Any] = {"id": secrets.token_hex(8), "method": scope["method"], "path": scope["path"]}
-        scope.setdefault("state", {})["log"] = line
+        state = scope.setdefault("state", {})
+        line: dict[str, Any] = {"id": state.get("id") or secrets.token_hex(8)}
+        state["log"] = line = line | {"method": scope["method"], "path": scope["path"]}
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
