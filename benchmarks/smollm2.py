@@ -121,7 +121,7 @@ def in_flight(args: argparse.Namespace) -> dict[str, Any]:
     asked = [prompt for _, prompt in prompts(tokenizer)]
     order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0)).tolist()
     config = BenchConfig(
-        concurrency=(1, 2, 4, 8, 16, 32), new_tokens=64, requests=6, rounds=2, repeats=args.repeats, threads=THREADS
+        concurrency=(1, 2, 4, 8, 16, 32), new_tokens=48, requests=4, rounds=1, repeats=args.repeats, threads=THREADS
     )
     workload = Workload({"autoregressive": model, "speculative": model}, [asked[i] for i in order], len(tokenizer))
     results = measure(workload, config, progress=lambda done, total, case: print(done, total, case.name, flush=True))

