@@ -13,7 +13,8 @@ from parablock.batch.config import BatchConfig
 from parablock.bench.config import BenchConfig
 from parablock.checkpoints.look import announce, look
 from parablock.checkpoints.named import BUNDLED_MODELS, default_model
-from parablock.cluster.config import ClusterConfig, Service
+from parablock.cluster.config import ClusterConfig
+from parablock.cluster.service import Service
 from parablock.decoding.config import DecodeConfig
 from parablock.evals.config import EvalConfig
 from parablock.options import NOTHING, Given, options
@@ -127,7 +128,7 @@ def demo(
     from rich.console import Console
 
     from parablock.demo.command import run_demo
-    from parablock.demo.config import sized
+    from parablock.demo.sizes import sized
 
     run_demo(sized(seed, problems, quick, live, folder, report), Console(highlight=False))
 

@@ -19,9 +19,10 @@ from processes import run, run_program
 from server_process import ASK, LONG, Served, error_of, serve
 
 import parablock as pb
-from parablock.cluster.config import ClusterConfig, Service
+from parablock.cluster.config import ClusterConfig
 from parablock.cluster.figures import merged
 from parablock.cluster.prefixes import Prefixes, beginning
+from parablock.cluster.service import Service
 from parablock.data.chat import encode_prompt
 from parablock.evals.word_problems import test_problems as problems
 from parablock.server.config import ServeConfig

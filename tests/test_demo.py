@@ -9,9 +9,9 @@ from rich.console import Console
 
 from parablock.checkpoints.load import load
 from parablock.demo.command import run_demo
-from parablock.demo.config import SMOLLM2, DemoConfig, sized
 from parablock.demo.live import ANSWERS
 from parablock.demo.real import _parting
+from parablock.demo.sizes import SMOLLM2, DemoConfig, sized
 
 PICTURES = ("answer.png", "decoders.png", "live.png", "thresholds.png", "denoising.png")
 

@@ -30,7 +30,7 @@ def config_classes() -> list[Any]:
 
 
 def test_every_setting_has_a_help_text() -> None:
-    assert len(config_classes()) == 8
+    assert len(config_classes()) == 9
     for config_class in config_classes():
         for field in dataclasses.fields(config_class):
             assert field.metadata.get("help", "").endswith("."), (config_class.__name__, field.name)

@@ -8,10 +8,11 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from parablock.cluster.config import ClusterConfig, Service
+from parablock.cluster.config import ClusterConfig
 from parablock.cluster.front import Front
 from parablock.cluster.replica import Replica
 from parablock.cluster.router import PrefixRouter
+from parablock.cluster.service import Service
 from parablock.server.config import ServeConfig
 
 NAME = "parablock"

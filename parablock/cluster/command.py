@@ -9,8 +9,9 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from parablock.cluster.application import NAME, QUIET, application
-from parablock.cluster.config import ClusterConfig, Service
+from parablock.cluster.config import ClusterConfig
 from parablock.cluster.joining import join
+from parablock.cluster.service import Service
 from parablock.server.command import listen, noted_signals, say
 from parablock.server.config import ServeConfig
 from parablock.server.listener import warn_if_open

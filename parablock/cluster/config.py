@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from parablock.server.config import ServeConfig
 from parablock.settings import require, require_at_least, require_choice, setting
 
 Routing = Literal["prefixes", "balance"]
@@ -47,13 +46,3 @@ class ClusterConfig:
     def least(self) -> int:
         """Replicas that must run for the service to be there."""
         return self.replicas if self.min_replicas is None else self.min_replicas
-
-
-@dataclass(frozen=True)
-class Service:
-    """All that a replica has to know; what `serve deploy` reads from its file."""
-
-    models: tuple[str, ...]
-    serve: ServeConfig
-    cluster: ClusterConfig
-    dtype: str | None = None

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from parablock import __version__
-from parablock.cluster.config import Service
+from parablock.cluster.service import Service
 from parablock.server.config import ServeConfig
 
 APPLICATION = "parablock.cluster.application:build"

@@ -10,10 +10,10 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from parablock.cluster.config import Service
 from parablock.cluster.figures import merged
 from parablock.cluster.passing import Asked, GivenBackError
 from parablock.cluster.prefixes import beginning
+from parablock.cluster.service import Service
 from parablock.server.bodies import DONE
 from parablock.server.delivery import READ_SECONDS
 from parablock.server.errors import ApiError

@@ -8,8 +8,8 @@ from typing import Any
 from ray import serve
 from starlette.types import Message
 
-from parablock.cluster.config import Service
 from parablock.cluster.passing import Asked, GivenBackError
+from parablock.cluster.service import Service
 
 
 class Replica:

@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
-from parablock.demo.config import DemoConfig
 from parablock.demo.puzzles import show_puzzles
 from parablock.demo.real import show_real
+from parablock.demo.sizes import DemoConfig
 from parablock.evals.files import write_text
 from parablock.evals.machine import machine
 from parablock.settings import require_library

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from parablock.checkpoints.load import load
 from parablock.data.chat import IGNORE, Sample, encode_chat
-from parablock.demo.config import DemoConfig
 from parablock.demo.progress import bar
+from parablock.demo.sizes import DemoConfig
 from parablock.diffusion.gate import attach, new_gate
 from parablock.settings import Model
 from parablock.training.config import AdaptConfig

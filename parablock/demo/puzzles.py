@@ -15,8 +15,8 @@ from parablock.data.chat import encode_prompt
 from parablock.data.word_problems import Problem
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import stream
-from parablock.demo.config import DemoConfig
 from parablock.demo.progress import bar
+from parablock.demo.sizes import DemoConfig
 from parablock.evals.word_problems import MAX_NEW_TOKENS, test_problems
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)

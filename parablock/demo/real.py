@@ -20,9 +20,9 @@ from parablock.checkpoints.look import look
 from parablock.data.chat import encode_prompt
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import GenerateOutput, generate, stream
-from parablock.demo.config import DemoConfig
 from parablock.demo.live import Live, train_live
 from parablock.demo.progress import bar
+from parablock.demo.sizes import DemoConfig
 from parablock.engine.engine import Engine
 from parablock.engine.request import Handle, Request
 from parablock.settings import Model

@@ -1,0 +1,16 @@
+"""What runs on Ray: all that a replica has to know."""
+
+from dataclasses import dataclass
+
+from parablock.cluster.config import ClusterConfig
+from parablock.server.config import ServeConfig
+
+
+@dataclass(frozen=True)
+class Service:
+    """All that a replica has to know; what `serve deploy` reads from its file."""
+
+    models: tuple[str, ...]
+    serve: ServeConfig
+    cluster: ClusterConfig
+    dtype: str | None = None
