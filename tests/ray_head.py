@@ -3,7 +3,7 @@
 import os
 import time
 
-from parablock.batch.actors import QUIET
+from parablock.cluster.joining import QUIET
 
 
 def main() -> None:

@@ -57,7 +57,8 @@ def test_workers_and_drivers_are_killed(address: str, tmp_path: Path) -> None:
     part = tmp_path / "answers.jsonl.part"
     # slow: few rows, one token per forward
     command = [
-        "batch", source, "-o", output, "--replicas", "2", "--address", address, "--max-rows", "2", "--max-new-tokens",
+        "batch", source, "--model", "bundled", "-o", output, "--replicas", "2", "--address", address, "--max-rows", "2",
+        "--max-new-tokens",
         "24", "--threshold", "1",
     ]  # fmt: skip
     with start(*command) as driver:
@@ -94,7 +95,7 @@ def test_workers_and_drivers_are_killed(address: str, tmp_path: Path) -> None:
 def test_what_the_cluster_cannot_run(args: list[str], message: str, address: str, tmp_path: Path) -> None:
     source = tmp_path / "prompts.jsonl"
     source.write_text('{"prompt": "Two and two?"}\n')
-    out = run("batch", source, "-o", tmp_path / "out.jsonl", "--address", address, *args)
+    out = run("batch", source, "--model", "bundled", "-o", tmp_path / "out.jsonl", "--address", address, *args)
     assert out.returncode == 2, out.stderr
     assert message in out.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
@@ -102,12 +103,12 @@ def test_what_the_cluster_cannot_run(args: list[str], message: str, address: str
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [("127.0.0.1:9", "nobody listens at address='127.0.0.1:9'"), ("ray://here", "is no address; use auto")],
+    [("127.0.0.1:9", "--address 127.0.0.1:9: nobody listens there"), ("ray://here", "is no address; use 'auto'")],
 )
 def test_an_address_nobody_listens_at(address: str, message: str, tmp_path: Path) -> None:
     source = tmp_path / "prompts.jsonl"
     source.write_text('{"prompt": "Two and two?"}\n')
-    out = run("batch", source, "-o", tmp_path / "out.jsonl", "--address", address)
+    out = run("batch", source, "--model", "bundled", "-o", tmp_path / "out.jsonl", "--address", address)
     assert (out.returncode, len(out.stderr.splitlines())) == (2, 1), out.stderr
     assert message in out.stderr
 

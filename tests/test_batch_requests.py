@@ -83,7 +83,7 @@ def test_bodies_are_read_and_answered_as_by_the_server(tmp_path: Path) -> None:
     ]  # fmt: skip
     source = write(tmp_path / "requests.jsonl", [*requests, *(line for line, _ in invalid)])
     output = tmp_path / "answers.jsonl"
-    out = run("batch", source, "-o", output, "--max-rows", "2", "--ordered")
+    out = run("batch", source, "--model", "bundled", "-o", output, "--max-rows", "2", "--ordered")
     failures = len(BAD) + 1 + len(invalid)
     assert out.returncode == 1
     assert out.stderr.startswith(f"parablock: {failures} lines have no answer (line 7, 8, 9, 10, 11 ...)"), out.stderr
@@ -106,14 +106,14 @@ def test_requests_go_on_after_a_kill_into_a_table(tmp_path: Path) -> None:
     requests = [call(i, max_tokens=20, threshold=1.0) for i in range(30)]
     source, output = write(tmp_path / "requests.jsonl", requests), tmp_path / "answers.parquet"
     part = tmp_path / "answers.parquet.part"
-    with start("batch", source, "-o", output, "--max-rows", "1") as process:
+    with start("batch", source, "--model", "bundled", "-o", output, "--max-rows", "1") as process:
         while not (part.exists() and part.read_bytes().count(b"\n") >= 3):
             assert process.poll() is None, process.err
         process.send_signal(signal.SIGKILL)
         process.wait()
     kept = part.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
-    out = run("batch", source, "-o", output, "--ordered")
+    out = run("batch", source, "--model", "bundled", "-o", output, "--ordered")
     assert (out.returncode, out.stderr) == (0, "")
     rows = pq.read_table(output).to_pylist()
     assert [row["custom_id"] for row in rows] == [request["custom_id"] for request in requests]
@@ -145,7 +145,7 @@ def test_a_folder_of_both_kinds_of_files(tmp_path: Path) -> None:
     assert count_lines(files) == 7
     assert [line.number for line in read_lines(files)] == [1, 3, 4, 5, 6, 7, 8]
     output = tmp_path / "answers.parquet"
-    out = run("batch", folder, "-o", output, "--max-new-tokens", "8", "--ordered")
+    out = run("batch", folder, "--model", "bundled", "-o", output, "--max-new-tokens", "8", "--ordered")
     assert out.returncode == 1
     rows = pq.read_table(output).to_pylist()
     assert [row["id"] for row in rows] == ["1", "x", "t1", "t2", "6", None, "7"]
@@ -183,7 +183,7 @@ def test_refusals(args: list[str], message: str, tmp_path: Path) -> None:
     source = [] if args[0].startswith("-") else args
     rest = args if args[0].startswith("-") else []
     output = [] if "-o" in rest else ["-o", "answers.jsonl"]
-    out = run("batch", *(source or ["in"]), *output, *rest, cwd=tmp_path)
+    out = run("batch", *(source or ["in"]), "--model", "bundled", *output, *rest, cwd=tmp_path)
     assert (out.returncode, len(out.stderr.splitlines())) == (2, 1), out.stderr
     assert message in out.stderr
 
