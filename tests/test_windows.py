@@ -162,10 +162,10 @@ def test_a_group_looks_at_what_its_queries_see_and_at_little_more(drawn: Any) ->
         assert shape.pages <= -(-(window + W - 1) // size) + 1
     for row in range(n):
         # (page, place) of every slot it looks at; what its queries see of these
-        slots = [(page, place) for page in looked[row] for place in range(size)][: shape.slots]
+        slots = [(page, place) for page in looked[row] for place in range(size)]
         for query in range(W):
             position = int(first_n[row]) + query
-            above = limit[row, min(query, shape.limits - 1)] if shape.limits else len(slots)
+            above = limit[row, min(query, shape.limits - 1)]
             below = low[row, query] if shape.lows else 0
             seen = {slot for i, slot in enumerate(slots) if below <= i < above}
             ends = (position // grain + 1) * grain

@@ -4,9 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from parablock.checkpoints.named import SMOLLM2, SMOLLM2_AR
 from parablock.settings import require
-
-SMOLLM2, SMOLLM2_AR = "smollm2", "smollm2-ar"  # the real model with its adapter, and as it is
 
 
 @dataclass(frozen=True)

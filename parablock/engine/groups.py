@@ -25,15 +25,14 @@ ALIKE = 4  # queries from which on torch's attention on a CPU gives each the sam
 class GroupShape:
     """A group, as far as it decides which operations run.
 
-    `first_page`: the K/V of its single row lie in one piece from there, and it looks at `slots` of them.
+    `first_page`: the K/V of its single row lie in one piece from there.
     """
 
     rows: int
     width: int
     pages: int
-    slots: int
     first_page: int | None
-    limits: int  # how many limits a row has: none if all see everything, 1, or one for every query
+    limits: int  # how many limits a row has: 1, or one for every query
     lows: int  # the same for where sight begins: none if all see everything before their limit
     owns: int = 0  # of every query, if it sees more slots than those below its limit: from where and to where
 
@@ -75,13 +74,13 @@ def look(
         own_n2W = np.concatenate([own_nW, end_nW], 1)
     elif (limit_nW == limit_nW[:, :1]).all():
         limit_nW = limit_nW[:, :1]
-    limits, lows, slots, first_page = limit_nW.shape[1], low_nW.shape[1], pages * D, None
+    first_page = None
     if in_place:
         first = int(table_nP[0, 0])
         if n == 1 and (table_nP[0] == np.arange(first, first + pages)).all():
             first_page = first
-    shape = GroupShape(n, W, pages, slots, first_page, limits, lows, own_n2W.shape[1])
-    return shape, [table_nP, limit_nW[:, :limits], low_nW, own_n2W]
+    shape = GroupShape(n, W, pages, first_page, limit_nW.shape[1], low_nW.shape[1], own_n2W.shape[1])
+    return shape, [table_nP, limit_nW, low_nW, own_n2W]
 
 
 def inputs_of(
@@ -98,7 +97,7 @@ def inputs_of(
     table_nP, limit_nW, low_nW, own_n2W = (x.view(n, width) for x, width in zip(numbers, widths, strict=True))
     paged = paged and shape.limits == 1 and not shape.lows
     mask = None
-    if shape.limits and not paged:
+    if not paged:
         slots = torch.arange(shape.pages * block_size, device=table_nP.device)
         seen = slots < limit_nW[..., None]
         if shape.lows:
@@ -122,7 +121,7 @@ def attend(
         q = query[0].transpose(0, 1)
         return paged_attention(q, keys.pages, values.pages, group.table_nP, group.limit_n, W, scale)[None]
     if shape.first_page is not None:
-        k, v = (pages.in_one_piece(shape.first_page, shape.slots) for pages in (keys, values))
+        k, v = (pages.in_one_piece(shape.first_page, shape.pages) for pages in (keys, values))
     else:
         k, v = (pages.gathered(group.table_nP) for pages in (keys, values))
     k, v = k.to(query.dtype), v.to(query.dtype)

@@ -18,10 +18,10 @@ class Pages:
         heads, width = like.shape[1], like.shape[3]
         self.strides = (0, width, heads * width, 1)
 
-    def in_one_piece(self, first_page: int, slots: int) -> Tensor:
-        """A view `[1, H_kv, slots, d]` of neighbouring pages."""
+    def in_one_piece(self, first_page: int, pages: int) -> Tensor:
+        """A view `[1, H_kv, P D, d]` of so many neighbouring pages."""
         _, D, heads, width = self.pages.shape
-        return self.pages.as_strided((1, heads, slots, width), self.strides, first_page * D * heads * width)
+        return self.pages.as_strided((1, heads, pages * D, width), self.strides, first_page * D * heads * width)
 
     def gathered(self, table_nP: Tensor) -> Tensor:
         """The pages of some rows, behind one another: `[n, H_kv, P D, d]`."""
