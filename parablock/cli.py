@@ -286,10 +286,8 @@ def serve(
     config, replicas = ServeConfig(**given), ClusterConfig(**cluster)
     for library in ("uvicorn", "fastapi", "prometheus_client"):
         require_library(library, "serve")
-    names, key = (
-        [name or default_model() for name in (model, *(also or []))],
-        os.environ.get("PARABLOCK_API_KEY") or None,
-    )
+    names = [name or default_model() for name in (model, *(also or []))]
+    key = os.environ.get("PARABLOCK_API_KEY") or None
     service = Service(tuple(names), config, replicas, dtype)
     if write_config is not None:
         require_library("yaml", "ray")
@@ -300,7 +298,7 @@ def serve(
     if cluster:
         require_library("ray", "ray")
     for name in names:
-        announce(look(name), DecodeConfig())
+        _announced(name, DecodeConfig())
     if cluster:
         from parablock.cluster.command import run_cluster
 
