@@ -163,9 +163,8 @@ def build(site: Site) -> gr.Blocks:
 
         async def cleared(session: Session) -> str:
             session.stop = True
-            for _ in range(100):  # what is still coming ends first, or it would stand on the new page
-                if session.busy:
-                    await asyncio.sleep(0.02)
+            while session.busy:  # what is still coming ends first, or it would stand on the new page
+                await asyncio.sleep(0.02)
             session.turns.clear()
             session.runs += 1
             return written(view(site, session, "", [], "idle"))
