@@ -45,11 +45,14 @@ class Work:
     width_n: np.ndarray
     grain_n: np.ndarray
     final_n: np.ndarray
-    # predictions: of which piece, from which of its queries, for which position, with which of its random numbers
+    # predictions: of which piece, from which of its queries, for which position, with which of its random numbers;
+    # the row's tokens below `text_m`, drafts among them, are the text behind which it stands: all the text there is
+    # where that is the position itself
     piece_m: np.ndarray
     query_m: np.ndarray
     target_m: np.ndarray
     draw_m: np.ndarray
+    text_m: np.ndarray
     # settle(rows, work, tokens_m, confidence_m): the rows move on; which predictions `[m]` became known
     settle: Callable[[Rows, "Work", np.ndarray, np.ndarray], np.ndarray]
     decoding: bool = True  # False: prefill
@@ -78,7 +81,7 @@ def prefill(rows: Rows, chosen: np.ndarray, width_n: np.ndarray) -> Work:
     piece_m, final_n = asks_n.nonzero()[0], end_n - first_n
     return Work(
         chosen, first_n, width_n, rows.grain_R[chosen], final_n, piece_m, final_n[asks_n] - 1, end_n[asks_n],
-        np.zeros_like(piece_m), settle_all, decoding=False,
+        np.zeros_like(piece_m), end_n[asks_n], settle_all, decoding=False,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     target_m = start_n[piece_m] + np.where(commit_m, D, place_m)
     return Work(
         which, start_n + offset_n, np.where(whole_n, D, sub_size_n), np.full_like(which, D), D * commit_n, piece_m,
-        query_m, target_m, rows.forwards_R[which][piece_m], settle,
+        query_m, target_m, rows.forwards_R[which][piece_m], (start_n + np.where(commit_n, D, first_n))[piece_m], settle,
     )  # fmt: skip
 
 

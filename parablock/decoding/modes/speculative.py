@@ -161,7 +161,7 @@ def _work(rows: Rows, which: np.ndarray, chain: Chain, chosen_nC: np.ndarray) ->
     asked = Asked(chain, begin_n, drafts_n, outcome_m, place_m)
     return Work(
         which, start_n, width_n, one_n, one_n, piece_m, query_m, position_m + 1, np.zeros_like(piece_m),
-        partial(settle, asked=asked), placed=placed,
+        position_m + 1 if placed is None else placed.limit_q, partial(settle, asked=asked), placed=placed,
     )  # fmt: skip
 
 

@@ -57,6 +57,8 @@ class Layout:
 def next_work(rows: Rows, which: np.ndarray) -> Work:
     """Every row's drafts, verified, and masks behind them; or the commit of a full block."""
     drafted = _drafted(rows, which)
+    drafts = _positions(rows, which, drafted)
+    rows.ids_RC[drafts] = rows.draft_RK[drafts[0], drafts[1] % rows.block_size]
     layout = _layout(rows, which, drafted)
     start_n, D = rows.start_R[which], rows.block_size
     width_n = layout.clean_n + layout.next_n + layout.causal_n
@@ -68,7 +70,7 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     causal_q = query_q >= clean_q + next_q
     place_q = query_q + causal_q * (from_q - clean_q - next_q)  # in its block; of masks of the next one, D and more
     first_n = start_n + layout.from_n
-    placed = _placed(rows, which, layout, drafted.known_n, piece_q, query_q, place_q)
+    placed = _placed(rows, which, layout, piece_q, query_q, place_q)
 
     # which queries are asked: for the truth, for the next block's first token, for drafts (the last one is not run)
     known_q = drafted.known_n[piece_q]
@@ -78,10 +80,11 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     drafts_q = masks_q & ((place_q + 1) % D > 0) & ~drafted.ends_n[piece_q]
     drafts_q &= placed.position_q + 1 < rows.end_R[which[piece_q]] - 1
     asked_m = (commit_q | truth_q | drafts_q).nonzero()[0]
-    piece_m = piece_q[asked_m]
+    piece_m, target_m = piece_q[asked_m], placed.position_q[asked_m] + 1
+    text_q = start_n[piece_q] + np.where(causal_q, behind_q, D)
     return Work(
         which, first_n, width_n, np.ones_like(which), np.zeros_like(which), piece_m, query_q[asked_m],
-        placed.position_q[asked_m] + 1, np.zeros_like(piece_m),
+        target_m, np.zeros_like(piece_m), np.where(drafts_q[asked_m], text_q[asked_m], target_m),
         partial(settle, drafted=drafted, clean_n=layout.clean_n > 0, truth_m=truth_q[asked_m], new_m=drafts_q[asked_m]),
         placed=placed,
     )  # fmt: skip
@@ -107,6 +110,13 @@ def _drafted(rows: Rows, which: np.ndarray) -> Drafted:
     return Drafted(known_n, reach_n - known_n, ends_n, filled_n, sure_n)
 
 
+def _positions(rows: Rows, which: np.ndarray, drafted: Drafted) -> tuple[np.ndarray, np.ndarray]:
+    """Where drafts stand in `ids_RC`, at positions that remain masked, while a forward verifies them."""
+    behind_nD = np.arange(rows.block_size) - drafted.known_n[:, None]
+    n, place = ((behind_nD >= 0) & (behind_nD < drafted.drafts_n[:, None])).nonzero()
+    return which[n], rows.start_R[which[n]] + place
+
+
 def _layout(rows: Rows, which: np.ndarray, drafted: Drafted) -> Layout:
     """The pieces of whole sub-blocks: few widths, so that pieces stay alike."""
     D, size_n, start_n = rows.block_size, rows.settings_R["sub_block_size"][which], rows.start_R[which]
@@ -125,9 +135,8 @@ def _layout(rows: Rows, which: np.ndarray, drafted: Drafted) -> Layout:
 
 
 def _placed(
-    rows: Rows, which: np.ndarray, layout: Layout, known_n: np.ndarray, piece_q: np.ndarray, query_q: np.ndarray,
-    place_q: np.ndarray,
-) -> Placed:  # fmt: skip
+    rows: Rows, which: np.ndarray, layout: Layout, piece_q: np.ndarray, query_q: np.ndarray, place_q: np.ndarray
+) -> Placed:
     """What stands where: the K/V of the block's causal copy lie behind those of its clean one, if there is one."""
     D, row_q, start_q = rows.block_size, which[piece_q], rows.start_R[which][piece_q]
     clean_q, next_q, behind_q = (x_n[piece_q] for x_n in (layout.clean_n, layout.next_n, layout.behind_n))
@@ -135,11 +144,9 @@ def _placed(
     causal_q = query_q >= clean_q + next_q
     copy_q = causal_q & (clean_q > 0)
     masks_q = place_q >= np.where(causal_q, behind_q, D)
-    drafts_q = ~masks_q & (place_q >= known_n[piece_q])
 
     ids_q = rows.settings_R["mask_token_id"][row_q]
     ids_q[~masks_q] = rows.ids_RC[row_q[~masks_q], (start_q + place_q)[~masks_q]]
-    ids_q[drafts_q] = rows.draft_RK[row_q[drafts_q], place_q[drafts_q]]
     whole_q = start_q + np.where(causal_q, (layout.from_n + layout.causal_n)[piece_q], D + next_q * masks_q)
     limit_q = np.where(causal_q & ~masks_q, slot_q + 1, whole_q)
     own_q, end_q = (start_q + clean_q + next_q) * copy_q, (slot_q + 1) * copy_q
@@ -163,6 +170,8 @@ def settle(
     right_n = accepted_n == drafted.drafts_n
     moves_n = right_n & clean_n
     chosen_m: np.ndarray = np.where(truth_m, ahead_m <= accepted_n[piece_m], ~new_m & moves_n[piece_m])
+    drafts = _positions(rows, which, drafted)
+    rows.ids_RC[drafts] = rows.settings_R["mask_token_id"][drafts[0]]
     rows.drafted_RS[which, MASKS] += drafted.drafts_n
     rows.accepted_RS[which, MASKS] += accepted_n
     rows.reveal(row_m[chosen_m], work.target_m[chosen_m], tokens_m[chosen_m])
