@@ -38,7 +38,7 @@ def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         log = Path(folder) / "stderr"
         with log.open("wb") as stderr:
-            command = [sys.executable, "-m", "parablock", "serve", "--port", "0", *arguments]
+            command = [sys.executable, "-m", "parablock", "serve", "bundled", "--port", "0", *arguments]
             process = subprocess.Popen(command, stderr=stderr, env={**ENVIRONMENT, "RAY_TMPDIR": folder})
         try:
             while not (found := re.search(r"at (http://\S+)/v1", log.read_text())):
