@@ -1,12 +1,12 @@
 """Replicas on Ray against one process: throughput, time to first token, prefixes reused, and a soak with kills.
 
-    python benchmarks/cluster.py --clients 16 --seconds 30 --soak-seconds 60
+    python benchmarks/cluster.py way         # the bundled model, whose answers take 15 ms: what the way costs; the soak
+    python benchmarks/cluster.py replicas    # SmolLM2, whose answers take their time: what a second replica brings
 
-One thread for each engine: one plain process, then one and two replicas. With the bundled block-diffusion model, whose
-answers take 15 ms, one sees what the way to a replica costs; with SmolLM2, what a second replica brings. Chats of six
-turns under Ray's default router and ours, and on one process: what share of their prompts is reused. The soak has 32
+16 clients and one thread for each engine: one plain process, then one and two replicas. `way` has chats of six turns,
+too, under Ray's default router and ours, and on one process: what share of their prompts is reused; and a soak of 32
 clients on two replicas, one of which is killed twice. Every answer is compared with that of `pb.generate`. Writes
-`benchmarks/results/cluster.json`; a wrong or lost answer is exit status 1.
+`benchmarks/results/cluster-*.json`; a wrong or lost answer is exit status 1.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 import openai
 import psutil
-from common import options, questions, setting, write
+from common import measure_parts, questions
 from serving import expected_answers
 
 import parablock as pb
@@ -34,7 +34,9 @@ from parablock.evals.word_problems import test_problems
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TURNS, CHATS = 6, 16
-REAL_TOKENS = 24  # of a real model's answers
+REAL_TOKENS, ROWS = 24, 4  # of a real model's answers, and how many of them an engine decodes at a time
+CLIENTS, SECONDS, SOAK_SECONDS = 16, 30.0, 60.0
+SETTLE = 10.0  # seconds, until Ray's own processes have started for good
 
 
 @contextlib.contextmanager
@@ -61,6 +63,7 @@ def server(model: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes
                 if process.poll() is not None:
                     raise RuntimeError(log.read_text())
                 time.sleep(0.2)
+            time.sleep(SETTLE)
             yield process, found[1]
         finally:
             process.terminate()
@@ -123,24 +126,24 @@ def chats(url: str, questions: list[str]) -> float:
 def soak(process: subprocess.Popen[bytes], url: str, expected: dict[str, str], seconds: float) -> dict[str, Any]:
     """32 clients; a third and two thirds through, a replica is killed."""
 
-    def replicas() -> list[psutil.Process]:
+    def living() -> list[psutil.Process]:
         found = psutil.Process(process.pid).children(recursive=True)
         return [p for p in found if _is_replica(p)]
 
     async def kill() -> int:
         for _ in range(2):
             await asyncio.sleep(seconds / 3)
-            replicas()[0].kill()
-        return len(replicas())
+            living()[0].kill()
+        return len(living())
 
     async def both() -> dict[str, Any]:
         told, _ = await asyncio.gather(load(url, expected, 32, seconds, model="bundled"), kill())
         return told
 
-    before = [round(p.memory_info().rss / 2**20) for p in replicas()]
+    before = [round(p.memory_info().rss / 2**20) for p in living()]
     told = asyncio.run(both())
     time.sleep(30)  # the last one comes back
-    return {**told, "memory_mib": {"start": before, "end": [round(p.memory_info().rss / 2**20) for p in replicas()]}}
+    return {**told, "memory_mib": {"start": before, "end": [round(p.memory_info().rss / 2**20) for p in living()]}}
 
 
 def _is_replica(process: psutil.Process) -> bool:
@@ -159,9 +162,9 @@ def real_answers(problems: int) -> dict[str, str]:
     return {problem.question: text for problem, text in zip(asked, texts, strict=True)}
 
 
-def main() -> None:
-    args = options(__doc__, clients=16, seconds=30.0, soak_seconds=60.0, problems=32)
-    expected, real = expected_answers("bundled", "diffusion", args.problems), real_answers(args.problems // 4)
+def way(problems: int, repeats: int) -> dict[str, Any]:
+    """The bundled model: one plain process, then what the way to replicas costs; chats, the soak."""
+    expected = expected_answers("bundled", "diffusion", problems)
     cases = {
         "one process": (), "one replica": ("--replicas", "1"), "two replicas": ("--replicas", "2"),
         "two replicas, Ray's router": ("--replicas", "2", "--routing", "balance"),
@@ -169,20 +172,36 @@ def main() -> None:
     report: dict[str, Any] = {}
     for name, arguments in cases.items():
         with server("bundled", *arguments) as (process, url):
-            report[name] = asyncio.run(load(url, expected, args.clients, args.seconds, model="bundled"))
-            report[name]["reused"] = chats(url, list(expected))
+            asked = [asyncio.run(load(url, expected, CLIENTS, SECONDS, model="bundled")) for _ in range(repeats)]
+            report[name] = {"load": asked, "reused": chats(url, list(expected))}
             if name == "two replicas":
-                report["soak"] = soak(process, url, expected, args.soak_seconds)
+                report["soak"] = soak(process, url, expected, SOAK_SECONDS)
         print(name, report[name], flush=True)
-        if name != "two replicas, Ray's router":
-            with server("smollm2", *arguments) as (process, url):
-                asked = {"model": "smollm2", "max_tokens": REAL_TOKENS}
-                report[f"SmolLM2, {name}"] = found = asyncio.run(load(url, real, args.clients, args.seconds, **asked))
-                print(f"SmolLM2, {name}", found, flush=True)
-    write("cluster", {**setting(args), **report})
-    if bad := {o for run in report.values() for o in run["outcomes"]} - {"right", "replica_lost"}:
+    return _right(report, [*(run for name in cases for run in report[name]["load"]), report["soak"]])
+
+
+def replicas(problems: int, repeats: int) -> dict[str, Any]:
+    """SmolLM2, `ROWS` answers at a time in each engine: what a second replica brings where answers take their time."""
+    expected = real_answers(problems)
+    asked = {"model": "smollm2", "max_tokens": REAL_TOKENS}
+    report: dict[str, Any] = {"rows": ROWS}
+    for name, arguments in {
+        "one process": (),
+        "one replica": ("--replicas", "1"),
+        "two replicas": ("--replicas", "2"),
+    }.items():
+        with server("smollm2", "--max-rows", str(ROWS), *arguments) as (_, url):
+            report[name] = [asyncio.run(load(url, expected, CLIENTS, SECONDS, **asked)) for _ in range(repeats)]
+        print(name, report[name], flush=True)
+    return _right(report, [run for name in report if name != "rows" for run in report[name]])
+
+
+def _right(report: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """SystemExit unless every answer came, or its own error."""
+    if bad := {outcome for run in runs for outcome in run["outcomes"]} - {"right", "replica_lost"}:
         raise SystemExit(f"not every answer came: {bad}")
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    measure_parts(__doc__, way, replicas, problems=16, repeats=2)

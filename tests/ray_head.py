@@ -3,11 +3,11 @@
 import os
 import time
 
-from parablock.cluster.joining import QUIET
+from parablock.cluster.joining import ENVIRONMENT
 
 
 def main() -> None:
-    os.environ.update(QUIET)
+    os.environ.update(ENVIRONMENT)
     import ray
 
     context = ray.init(

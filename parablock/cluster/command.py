@@ -16,7 +16,8 @@ from parablock.server.command import listen, noted_signals, say
 from parablock.server.config import ServeConfig
 from parablock.server.listener import warn_if_open
 
-POLL = 0.2  # seconds between looks at what runs
+POLL = 0.2  # seconds between looks at signals, and at what starts or drains
+LOOK = 2.0  # seconds between looks at what runs, which Ray's controller computes anew each time
 KNOWN_SECONDS = 10.0  # until a process knows the replicas, if there are any
 ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.DELETING, ApplicationStatus.NOT_STARTED)
 
@@ -49,7 +50,7 @@ def run_cluster(service: Service, key: str | None) -> None:
                     f"({service.cluster.least} replicas on Ray, {ray.get_runtime_context().gcs_address})"
                 )
                 while not came and _status() not in ENDED:
-                    time.sleep(POLL)
+                    _wait(LOOK, came)
                 if not came:
                     raise SystemExit("parablock: the service was taken off the cluster")
                 _drain(service.serve.drain, came)
@@ -79,6 +80,12 @@ def _check_room(cluster: ClusterConfig) -> None:
                 f"{there:g} (at most {largest:g} on one machine); use fewer replicas, or a smaller "
                 f"--{kind.lower()}s-per-replica"
             )
+
+
+def _wait(seconds: float, came: Sequence[int]) -> None:
+    ends_at = time.monotonic() + seconds
+    while not came and time.monotonic() < ends_at:
+        time.sleep(POLL)
 
 
 def _status() -> ApplicationStatus:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 CONNECT_SECONDS = 5.0
-# Ray reports nothing to its makers, and leaves the devices of processes that ask for none as they are
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray reports nothing to its makers, leaves the devices of processes that ask for none as they are, and does not let its
+# processes, which are the main thing here, run behind all others of the machine
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
 OBJECTS = 100 * 2**20  # bytes of memory for Ray's objects: requests and answers are small
 
 
@@ -21,7 +22,7 @@ def join(address: str | None, cpus: int | None = None, *, quiet: bool = False) -
     Raises:
         OSError: nobody listens at the address.
     """
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": not quiet}
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECTS, "num_cpus": cpus}
