@@ -286,10 +286,10 @@ def test_a_client_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
 def test_an_address_that_others_reach_needs_a_key(server: Served) -> None:
     for address in ("0.0.0.0", "::", "192.168.1.7"):
         with pytest.warns(UserWarning, match="PARABLOCK_API_KEY"):
-            warn_if_open(address, None)
+            warn_if_open(address, asks=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_open("0.0.0.0", "secret")
+        warn_if_open("0.0.0.0", asks=True)
         for address in ("127.0.0.1", "::1"):
-            warn_if_open(address, None)
+            warn_if_open(address, asks=False)
     assert "PARABLOCK_API_KEY" not in server.text()

@@ -52,7 +52,10 @@ class Guard:
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
                 line["status"] = message["status"]
-                own = {"x-request-id": line["id"], **(spending.limits.headers() if spending else {})}
+                own = {"x-request-id": line["id"]}
+                if spending:
+                    spending.settle()
+                    own |= spending.limits.headers()
                 message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in own.items())]
             await send(message)
 

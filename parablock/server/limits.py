@@ -80,9 +80,10 @@ class Spending:
         self._reserved = tokens
 
     def settle(self) -> None:
-        """The request has ended; the log's line says what was used."""
+        """Take what was used so far, in place of what was reserved; the log's line knows it."""
         used = self._line.get("prompt_tokens", 0) + self._line.get("tokens", 0)
         self._take("tokens", used - self._reserved)
+        self._reserved = used
 
     def _take(self, kind: str, amount: int) -> None:
         if bucket := self.limits.buckets.get(kind):

@@ -37,7 +37,7 @@ class Traces:
         )
 
     def ended(self, answers: Answers, line: dict[str, Any]) -> None:
-        """A request has ended, in whose task this is called; `line` is its line in the log, which gets the trace's id."""
+        """Called in the task of a request that has ended; `line` is its line in the log, and gets the trace's id."""
         span = trace.get_current_span()
         line["trace"] = trace.format_trace_id(span.get_span_context().trace_id)
         if not span.is_recording():
