@@ -90,5 +90,5 @@ def _key(name: str, table: Any) -> Key:
 
 def _line(text: str, name: str) -> int:
     """Where a name stands first."""
-    before = re.split(rf"""^\s*\[?\s*["']?{re.escape(name)}\b""", text, maxsplit=1, flags=re.M)[0]
+    before = re.split(rf"""^[ \t]*\[?[ \t]*["']?{re.escape(name)}\b""", text, maxsplit=1, flags=re.M)[0]
     return before.count("\n") + 1

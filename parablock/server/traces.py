@@ -4,7 +4,9 @@ Names are those of OpenTelemetry's conventions for HTTP and generative AI where 
 OpenTelemetry, and only a server with `otlp_endpoint` imports this file.
 """
 
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,6 +20,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from parablock import __version__
 from parablock.server.answers import Answers, Choice
 
+CLOSE_SECONDS = 5.0  # that the last spans have to be sent
 UNTRACED = "/health,/metrics"
 
 
@@ -37,47 +40,58 @@ class Traces:
         )
 
     def ended(self, answers: Answers, line: dict[str, Any]) -> None:
-        """Called in the task of a request that has ended; `line` is its line in the log, and gets the trace's id."""
-        span = trace.get_current_span()
+        """Called in the task of a request that has ended; `line` is its line in the log, and gets the trace's id.
+
+        The HTTP span of a stream has ended by now, so what the request was stands in a span of its own below it.
+        """
+        attributes = _attributes(answers, line)
+        name = f"{attributes['gen_ai.operation.name']} {line['model']}"
+        now = time.perf_counter()
+        began = time.time() - now  # when this clock was 0
+        span = self._tracer.start_span(name, start_time=_ns(began + answers.started), attributes=attributes)
         line["trace"] = trace.format_trace_id(span.get_span_context().trace_id)
-        if not span.is_recording():
-            return
-        span.set_attributes(_request(answers, line))
         if line["outcome"] == "error":
             span.set_status(trace.StatusCode.ERROR)
-        for choice in answers.choices:
-            self._add_phases(choice, len(answers.prompts[choice.index]))
-
-    def _add_phases(self, choice: Choice, prompt_tokens: int) -> None:
-        """Spans of what has been: until it had a row, until its first token, until its end."""
-        handle = choice.handle
-        now = time.perf_counter()
-        began = time.time() - (now - handle.submitted)
-        ended = now - handle.submitted if handle.seconds is None else handle.seconds
-        phases = {
-            "queue": (0.0, handle.admitted, {}),
-            "prefill": (
-                handle.admitted,
-                handle.first_token,
-                {"gen_ai.usage.input_tokens": prompt_tokens, "parablock.cached_tokens": handle.cached_tokens},
-            ),
-            "decode": (handle.first_token, ended, _decoded(choice)),
-        }
-        for name, (start, end, attributes) in phases.items():
-            if start is not None:
-                span = self._tracer.start_span(
-                    name,
-                    start_time=round((began + start) * 1e9),
-                    attributes={"parablock.choice": choice.index, **attributes},
-                )
-                span.end(round((began + (ended if end is None else end)) * 1e9))
+        if span.is_recording():
+            below = trace.set_span_in_context(span)
+            for choice in answers.choices:
+                for phase, start, end, more in _phases(choice, len(answers.prompts[choice.index]), now):
+                    told = {"parablock.choice": choice.index, **more}
+                    self._tracer.start_span(phase, below, start_time=_ns(began + start), attributes=told).end(
+                        _ns(began + end)
+                    )
+        span.end(_ns(began + now))
 
     def close(self) -> None:
-        """Send what is left, for some seconds at most."""
-        self._provider.shutdown()
+        """Send what is left; a collector that is not there holds nobody up."""
+        sending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(CLOSE_SECONDS)
 
 
-def _request(answers: Answers, line: dict[str, Any]) -> dict[str, Any]:
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _phases(choice: Choice, prompt_tokens: int, now: float) -> Iterator[tuple[str, float, float, dict[str, Any]]]:
+    """What an answer has gone through, from when to when: until it had a row, its first token, its end."""
+    handle = choice.handle
+    ended = now - handle.submitted if handle.seconds is None else handle.seconds
+    prompt = {"gen_ai.usage.input_tokens": prompt_tokens, "parablock.cached_tokens": handle.cached_tokens}
+    drafts = {"parablock.drafted": choice.drafted, "parablock.accepted": choice.accepted}
+    answer = {
+        "gen_ai.usage.output_tokens": choice.tokens,
+        "parablock.forwards": choice.forwards,
+        **{name: sum(counts.values()) for name, counts in drafts.items() if handle.config.mode == "speculative"},
+    }
+    times = [0.0, handle.admitted, handle.first_token, ended]
+    for number, (name, more) in enumerate((("queue", {}), ("prefill", prompt), ("decode", answer))):
+        start, end = times[number], times[number + 1]
+        if start is not None:
+            yield name, handle.submitted + start, handle.submitted + (ended if end is None else end), more
+
+
+def _attributes(answers: Answers, line: dict[str, Any]) -> dict[str, Any]:
     config = answers.choices[0].handle.config
     asked = {
         "gen_ai.operation.name": "text_completion" if line["path"] == "/v1/completions" else "chat",
@@ -105,12 +119,3 @@ def _request(answers: Answers, line: dict[str, Any]) -> dict[str, Any]:
         "parablock.key": line.get("key"),
     }
     return {name: value for name, value in {**asked, **answered}.items() if value is not None}
-
-
-def _decoded(choice: Choice) -> dict[str, Any]:
-    drafts = {"parablock.drafted": choice.drafted, "parablock.accepted": choice.accepted}
-    return {
-        "gen_ai.usage.output_tokens": choice.tokens,
-        "parablock.forwards": choice.forwards,
-        **{name: sum(counts.values()) for name, counts in drafts.items() if any(counts.values())},
-    }
