@@ -165,7 +165,7 @@ def test_durations_are_written_as_openai_does() -> None:
         ("[a]\nkey = 'with blanks in it, and long'", "without blanks"),
         ("[a]\nrequests_per_minute = 5", "key must be"),
         (f"[a]\nkey = '{FREE}'\nrpm = 5", "rpm is unknown"),
-        (f"[ 'the a' ]\nkey = '{FREE}'\ntokens_per_minute = 0", r"line 1: \[the a\]: tokens_per_minute=0 is out of range"),
+        (f"[ 'the a' ]\nkey = '{FREE}'\ntokens_per_minute = 0", r"1: \[the a\]: tokens_per_minute=0 is out of range"),
         (f"[a]\nkey = '{FREE}'\ntokens_per_minute = true", "tokens_per_minute=True"),
         ("[a]\nkey = '\udcff'", "no TOML"),
     ],

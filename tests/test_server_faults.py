@@ -186,6 +186,7 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
         with pytest.raises(openai.InternalServerError) as refused:
             served.client.chat.completions.create(**ASK)
         assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
+        assert 5 < int(refused.value.response.headers["Retry-After"]) <= 65
         chunks += stream
         assert chunks[-1].choices[0].finish_reason == "length"
         assert served.process.wait(timeout=60) == 0

@@ -55,7 +55,7 @@ class Traces:
         if span.is_recording():
             below = trace.set_span_in_context(span)
             for choice in answers.choices:
-                for phase, start, end, more in _phases(choice, len(answers.prompts[choice.index]), now):
+                for phase, start, end, more in _phases(choice, len(answers.prompts[choice.index])):
                     told = {"parablock.choice": choice.index, **more}
                     self._tracer.start_span(phase, below, start_time=_ns(began + start), attributes=told).end(
                         _ns(began + end)
@@ -73,10 +73,11 @@ def _ns(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-def _phases(choice: Choice, prompt_tokens: int, now: float) -> Iterator[tuple[str, float, float, dict[str, Any]]]:
+def _phases(choice: Choice, prompt_tokens: int) -> Iterator[tuple[str, float, float, dict[str, Any]]]:
     """What an answer has gone through, from when to when: until it had a row, its first token, its end."""
     handle = choice.handle
-    ended = now - handle.submitted if handle.seconds is None else handle.seconds
+    times = [0.0, handle.admitted, handle.first_token]
+    ended = time.perf_counter() - handle.submitted if handle.seconds is None else handle.seconds
     prompt = {"gen_ai.usage.input_tokens": prompt_tokens, "parablock.cached_tokens": handle.cached_tokens}
     drafts = {"parablock.drafted": choice.drafted, "parablock.accepted": choice.accepted}
     answer = {
@@ -84,11 +85,10 @@ def _phases(choice: Choice, prompt_tokens: int, now: float) -> Iterator[tuple[st
         "parablock.forwards": choice.forwards,
         **{name: sum(counts.values()) for name, counts in drafts.items() if handle.config.mode == "speculative"},
     }
-    times = [0.0, handle.admitted, handle.first_token, ended]
     for number, (name, more) in enumerate((("queue", {}), ("prefill", prompt), ("decode", answer))):
-        start, end = times[number], times[number + 1]
+        start, end = times[number], next((t for t in times[number + 1 :] if t is not None), ended)
         if start is not None:
-            yield name, handle.submitted + start, handle.submitted + (ended if end is None else end), more
+            yield name, handle.submitted + start, handle.submitted + end, more
 
 
 def _attributes(answers: Answers, line: dict[str, Any]) -> dict[str, Any]:
