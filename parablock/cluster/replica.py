@@ -86,6 +86,8 @@ class Replica:
         self._state.draining = True
         for served in self._served:
             served.engine.close()
+        if self._state.traces:
+            self._state.traces.close()
 
     def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
