@@ -31,7 +31,7 @@ PAGES: dict[str, dict[str, Sequence[str]]] = {  # the scripts that a page is mad
         "official": (),
         "steps": ("kinds", "shares", "answers", "memory", "threads"),
         "engine": ("batch-one", "load", "context"),
-        "smollm2": ("held-out", "alone"),
+        "smollm2": ("held-out", "alone", "in-flight", "others"),
     },
 }
 LINES = ((plots.BLUE, "o-"), (plots.ORANGE, "s--"), ("#2f855a", "^-"), (plots.GREY, "d--"))

@@ -146,11 +146,11 @@ def others(args: argparse.Namespace) -> dict[str, Any]:
     llama, version = _llama_cpp(args.gguf)
     runs |= llama
     rates = defaultdict(list)
-    for number, (kind, prompt) in enumerate([asked[0], *asked]):
+    for number, (kind, prompt) in enumerate([asked[0], asked[-1], *asked]):
         for name, run in runs.items():
             began = time.perf_counter()
             tokens = run(prompt)
-            if number:  # the first warms up
+            if number > 1:  # the first two warm up
                 rates[name].append(tokens / (time.perf_counter() - began))
         print(kind, {name: round(found[-1], 1) for name, found in rates.items()}, flush=True)
     return {"threads": THREADS, "llama_cpp": version, "tokens_per_second": rates}

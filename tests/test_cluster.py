@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import signal
 import sys
 import time
@@ -152,6 +153,37 @@ def test_a_killed_replica_is_replaced_and_nobody_else_notices(cluster: Served, e
         time.sleep(0.2)
     assert first.pid not in {process.pid for process in replicas(cluster)}
     assert cluster.metric("parablock_broken_requests_total") == len(wrong)
+    assert whole(cluster, QUESTIONS[0]) == expected[QUESTIONS[0]]
+
+
+UPDATE = """
+import json, sys
+from parablock.cluster.application import NAME, build
+from parablock.cluster.joining import join
+
+with join(sys.argv[1], quiet=True):
+    from ray import serve
+
+    serve.run(build(json.loads(sys.argv[2])), name=NAME, route_prefix="/")
+"""
+
+
+def test_a_rolling_update_loses_no_request(cluster: Served, expected: dict[str, str], tmp_path: Path) -> None:
+    """What `serve deploy` does with a changed file: other replicas take over while requests run."""
+    before = {process.pid for process in replicas(cluster)}
+    [address] = re.findall(r"on Ray, (\S+)\)", cluster.text())
+    written = run("serve", "bundled", "--replicas", "2", *SMALL, "--drain", "20", "--write-config", str(tmp_path))
+    assert written.returncode == 0, written.stderr
+    [application] = yaml.safe_load((tmp_path / "serve.yaml").read_text())["applications"]
+    command = [sys.executable, "-c", UPDATE, address, json.dumps(application["args"])]
+    with ThreadPoolExecutor(5) as pool:
+        update = pool.submit(run_program, command, environment=ENVIRONMENT)
+        told: list[tuple[str, str]] = []
+        while not update.done():
+            told += zip(QUESTIONS[:4], pool.map(streamed, [cluster] * 4, QUESTIONS[:4]), strict=True)
+    assert update.result().returncode == 0, update.result().stderr
+    assert {text == expected[question] for question, text in told} == {True}, told
+    assert not before & {process.pid for process in replicas(cluster)}
     assert whole(cluster, QUESTIONS[0]) == expected[QUESTIONS[0]]
 
 

@@ -81,7 +81,6 @@ class Front:
                         503, "the replica was lost, and so was another; try again", code="replica_lost"
                     ) from None
                 self._rerun += 1
-                asked = asked.elsewhere(error.replica if isinstance(error, GivenBackError) else None)
 
     async def _messages(self, asked: Asked) -> AsyncIterator[Message]:
         """What one replica answers. Whoever leaves cancels it."""

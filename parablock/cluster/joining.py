@@ -31,15 +31,21 @@ def join(address: str | None, cpus: int | None = None, *, quiet: bool = False) -
         options["address"] = address
     import ray
 
-    try:
-        ray.init(**options)
-    except ConnectionError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"--address {address}: no Ray cluster was found ({reason}); start one with `ray start`") from None
-    except Exception as error:  # Ray's own word for a machine on which its processes do not come up
-        if address is not None or type(error) is not Exception:
-            raise
-        raise OSError(f"Ray did not start on this machine ({str(error).splitlines()[0]})") from None
+    for last in (False, True):
+        try:
+            ray.init(**options)
+            break
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"--address {address}: no Ray cluster was found ({reason}); start one with `ray start`"
+            ) from None
+        except Exception as error:  # Ray's own word for processes that do not come up, within 30 s, fixed
+            if address is not None or type(error) is not Exception:
+                raise
+            if last:
+                raise OSError(f"Ray did not start on this machine ({str(error).splitlines()[0]})") from None
+            ray.shutdown()
     try:
         yield
     finally:

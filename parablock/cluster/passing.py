@@ -1,7 +1,7 @@
-"""What passes between the front and a replica: a request, and the reason why a replica gives it back."""
+"""What passes between the front and a replica: a request, and word that a replica gives it back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import Scope
@@ -16,7 +16,7 @@ class Asked:
     scope: dict[str, Any]
     body: bytes = field(repr=False)
     beginning: tuple[str, ...] = field(repr=False)  # the texts of its prompt, for the router
-    avoid: str | None = None  # a replica that has given it back
+    went: list[str] = field(default_factory=list)  # the replicas it was sent to: another try is for others
 
     @classmethod
     def of(cls, scope: Scope, body: bytes, beginning: Sequence[str]) -> "Asked":
@@ -27,17 +27,6 @@ class Asked:
             {"type": "http", "asgi": {"version": "3.0"}, **sent, "request_id": request_id}, body, tuple(beginning)
         )
 
-    def elsewhere(self, replica: str | None) -> "Asked":
-        """The same for any replica but this one."""
-        return replace(self, avoid=replica)
-
 
 class GivenBackError(Exception):
     """The replica has not begun to answer, and cannot: another one may."""
-
-    def __init__(self, replica: str) -> None:
-        super().__init__(replica)
-        self.replica = replica
-
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return type(self), (self.replica,)

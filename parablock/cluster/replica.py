@@ -47,7 +47,7 @@ class Replica:
                 if ended := messages[-1] is None:
                     messages.pop()
                 if not begun and (self._state.stopped or (ended and not messages)):
-                    raise GivenBackError(self.name)
+                    raise GivenBackError
                 if messages and (begun or len(messages) > 1):
                     yield messages
                     begun, messages = True, []

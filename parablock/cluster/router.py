@@ -26,11 +26,10 @@ class PrefixRouter(RequestRouter):
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # there is nothing else to try at once
         asked = _asked(pending_request)
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        if asked is not None and asked.avoid in replicas and len(replicas) > 1:
-            del replicas[asked.avoid]
+        went = asked.went if asked else []
+        replicas = {r.replica_id.unique_id: r for r in candidate_replicas if r.replica_id.unique_id not in went}
         if not replicas:
-            return []
+            return []  # Ray asks again, until there is another one
         cache = self.replica_queue_len_cache
         loads = {name: cache.get(replica.replica_id) or 0 for name, replica in replicas.items()}
         chosen = replicas.pop(self._prefixes.choose(asked.beginning if asked else (), loads))
@@ -39,6 +38,8 @@ class PrefixRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Remember it."""
         asked = _asked(pending_request)
+        if asked is not None:
+            asked.went.append(replica_id.unique_id)
         self._prefixes.sent(asked.beginning if asked else (), replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
