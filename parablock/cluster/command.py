@@ -64,7 +64,7 @@ def _free(config: ServeConfig, key: str | None) -> int:
     """The port, which nobody uses now."""
     with listen(config) as listening:
         address, port = listening.getsockname()[:2]
-        warn_if_open(address, key)
+        warn_if_open(address, asks=key is not None)
         return int(port)
 
 

@@ -20,13 +20,14 @@ class Replica:
         import torch
 
         from parablock.server.app import State, create_app
+        from parablock.server.keys import given_keys
         from parablock.server.served import load_models
 
         if not service.cluster.gpus_per_replica:
             torch.set_num_threads(max(1, int(service.cluster.cpus_per_replica)))
         self.name: str = serve.get_replica_context().replica_id.unique_id
         self._served = load_models(service.models, service.serve.engine(), service.dtype)
-        self._app = create_app(self._served, service.serve, key)
+        self._app = create_app(self._served, service.serve, given_keys(None, key))
         self._state: State = self._app.state.server
 
     async def answer(self, asked: Asked) -> AsyncIterator[list[Message]]:
@@ -85,6 +86,8 @@ class Replica:
         self._state.draining = True
         for served in self._served:
             served.engine.close()
+        if self._state.traces:
+            self._state.traces.close()
 
     def check_health(self) -> None:
         """Ray replaces a replica that raises here."""

@@ -14,3 +14,10 @@ class Service:
     serve: ServeConfig
     cluster: ClusterConfig
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.serve.api_keys is not None:
+            raise ValueError(
+                f"api_keys={self.serve.api_keys!r} does not go with replicas, each of which would count a key's limits "
+                "alone; use PARABLOCK_API_KEY"
+            )

@@ -3,6 +3,8 @@
 Shapes: R rows, P pages of a row.
 """
 
+import time
+
 import numpy as np
 
 from parablock.decoding.decoder import begin
@@ -62,6 +64,7 @@ class Batch:
         if handle.paused is None:
             self.admitted += 1
             handle.cached_tokens = len(matched) * D
+            handle.admitted = time.perf_counter() - handle.submitted
         if kept is not None:
             self.runner.kv.write(pages[-1], kept)
         self.handles[row], self.streaming_R[row] = handle, request.stream

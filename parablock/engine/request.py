@@ -70,6 +70,7 @@ class Handle:
         self.drafted, self.accepted = dict.fromkeys(DRAFTERS, 0), dict.fromkeys(DRAFTERS, 0)
         self.cached_tokens = 0  # of the prompt: not run again
         self.submitted = time.perf_counter()
+        self.admitted: float | None = None  # seconds from submission until it had a row
         self.first_token: float | None = None  # seconds from submission until a first token had settled
         self.seconds: float | None = None  # from submission to the end
         self._engine = engine

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -27,9 +27,13 @@ from parablock.server.errors import (
     shutting_down,
 )
 from parablock.server.guards import Guard
+from parablock.server.keys import Key
 from parablock.server.metrics import Metrics
 from parablock.server.protocol import Body, ChatBody, CompletionBody
 from parablock.server.served import ServedModel
+
+if TYPE_CHECKING:
+    from parablock.server.traces import Traces
 
 LONG = 20_000  # characters
 
@@ -42,6 +46,7 @@ class State:
         self.first = served[0]
         self.config = config
         self.metrics = Metrics(served)
+        self.traces: Traces | None = None
         self.draining = False
         self.running = 0  # requests being answered
 
@@ -59,7 +64,7 @@ class State:
         if refusal := served.refusal():
             raise refusal
         if self.draining:
-            raise shutting_down()
+            raise shutting_down(served.retry_after(served.room))
         room = self.config.max_rows + self.config.max_queue
         if choices > room:
             raise ApiError(400, f"n: {choices} answers at once, but the server takes {room}; ask for fewer", "n")
@@ -70,14 +75,18 @@ class State:
         return next((served for served in self.served.values() if served.stopped), None)
 
 
-def create_app(served: Sequence[ServedModel], config: ServeConfig, key: str | None = None) -> FastAPI:
-    """The application over running engines; `key`: what clients must send as a bearer token."""
+def create_app(served: Sequence[ServedModel], config: ServeConfig, keys: Sequence[Key] = ()) -> FastAPI:
+    """The application over running engines; `keys`: what clients must send as a bearer token."""
     app = endpoints(served, config)
     state: State = app.state.server
-    app.add_middleware(Guard, key=key, max_body=config.max_body, responded=state.metrics.responded)
+    app.add_middleware(Guard, keys=keys, max_body=config.max_body, metrics=state.metrics)
     if config.cors_origin:
         origins = list(config.cors_origin)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    if config.otlp_endpoint:
+        from parablock.server.traces import Traces
+
+        state.traces = Traces(app, config.otlp_endpoint)
     return app
 
 
@@ -173,9 +182,11 @@ def _answer(
         raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
     every = [prompt for prompt in prompts for _ in range(body.n or 1)]
     stream, line = bool(body.stream), request.state.log
+    counted = sum(len(prompt) for prompt in prompts)
+    if spending := request.scope["state"].get("spending"):
+        spending.reserve(counted)
     answers = Answers(served, every, config, body.stops(), stream=stream, deadline=state.config.deadline)
     usage = body.stream_options is not None and body.stream_options.include_usage
-    counted = sum(len(prompt) for prompt in prompts)
     writer = Writer(answers, counted, chat=chat, usage=usage, denoising=bool(body.denoising))
     line |= {"model": served.name, "stream": stream, "prompt_tokens": counted}
     state.running += 1
@@ -188,5 +199,7 @@ def _answer(
             line.setdefault("status", 499)  # a client that left before it was told anything
         line.update(outcome=outcome, tokens=answers.tokens, forwards=answers.forwards)
         state.metrics.ended(answers, outcome)
+        if state.traces:
+            state.traces.ended(answers, line)
 
     return Delivery(writer, ended, stream=stream)

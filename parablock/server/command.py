@@ -10,6 +10,7 @@ from types import FrameType
 
 from parablock.server.app import State, create_app
 from parablock.server.config import ServeConfig
+from parablock.server.keys import given_keys
 from parablock.server.listener import Listener, warn_if_open
 from parablock.server.served import load_models
 
@@ -20,16 +21,17 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None, dtype
     """Load the models, serve them until SIGTERM or Ctrl-C, and return when what ran has ended.
 
     Raises:
-        ValueError: a model that cannot be loaded.
+        ValueError: a model that cannot be loaded, or a wrong file of keys.
         OSError: the address is taken.
         SystemExit: an engine has stopped by itself, or the HTTP server has; the message says why.
     """
+    keys = given_keys(config.api_keys, key)
     with listen(config) as listening:
         address, port = listening.getsockname()[:2]
-        warn_if_open(address, key)
+        warn_if_open(address, asks=bool(keys))
         served = load_models(names, config.engine(), dtype)
         try:
-            app = create_app(served, config, key)
+            app = create_app(served, config, keys)
             state: State = app.state.server
             with noted_signals() as came:
                 listener = Listener(app, listening)
@@ -44,6 +46,8 @@ def run_server(names: Sequence[str], config: ServeConfig, key: str | None, dtype
                     for model in served:
                         model.engine.close()
                 listener.stop()
+            if state.traces:
+                state.traces.close()
             if state.stopped:
                 reason = str(state.stopped.engine.error).partition("\n")[0]
                 raise SystemExit(f"parablock: the engine of {state.stopped.name} has stopped ({reason})")

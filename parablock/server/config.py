@@ -16,6 +16,12 @@ class ServeConfig:
     max_queue: int = setting(128, help="Answers that may wait; further ones are refused (429).")
     deadline: float = setting(600.0, help="Seconds until an answer must be whole.")
     max_body: int = setting(1_000_000, help="The longest request in bytes.")
+    api_keys: str | None = setting(
+        None, help="A file with several keys and their limits (TOML), in place of PARABLOCK_API_KEY."
+    )
+    otlp_endpoint: str | None = setting(
+        None, help="A collector for OpenTelemetry's traces, http://HOST:4318. Default: no traces."
+    )
     cors_origin: tuple[str, ...] | None = setting(
         None, help="Web pages of this origin may ask (repeatable). Default: none."
     )
@@ -33,5 +39,9 @@ class ServeConfig:
         require(0 <= self.port <= 65535, "port", self.port, "use 1 to 65535, or 0 for any free one")
         require_at_least(self, 1, "max_rows", "max_body")
         require_at_least(self, 0, "max_queue")
+        require(
+            self.otlp_endpoint is None or self.otlp_endpoint.startswith(("http://", "https://")),
+            "otlp_endpoint", self.otlp_endpoint, "use http://HOST:PORT",
+        )  # fmt: skip
         require(self.deadline > 0, "deadline", self.deadline, "use a positive number of seconds")
         require(self.drain >= 0, "drain", self.drain, "use 0 or more seconds")

@@ -19,6 +19,7 @@ TYPES = {
     503: "server_error",
     504: "timeout_error",
 }
+RESTART = 5  # seconds that a supervisor and a server need, about, until there is one again
 HTTP_NAMES = {"max_new_tokens": "max_tokens"}  # what a setting is called over HTTP
 
 
@@ -74,15 +75,16 @@ def from_value_error(error: ValueError) -> ApiError:
     return ApiError(400, message, named[1] if named else None, "invalid_value")
 
 
-def shutting_down() -> ApiError:
-    """Told to stop, the server takes nothing more."""
-    return ApiError(503, "the server is shutting down; try again later", code="shutting_down")
+def shutting_down(seconds: int = 0) -> ApiError:
+    """Told to stop, the server takes nothing more; what runs needs so many seconds, about."""
+    headers = {"Retry-After": str(seconds + RESTART)}
+    return ApiError(503, "the server is shutting down; try again later", code="shutting_down", headers=headers)
 
 
 def engine_stopped(kind: str) -> ApiError:
     """Nothing can be decoded any more, because of an error of this kind."""
     message = f"the engine has stopped ({kind}); the server ends, try again when it has been started again"
-    return ApiError(503, message, code="engine_stopped")
+    return ApiError(503, message, code="engine_stopped", headers={"Retry-After": str(RESTART)})
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:

@@ -1,19 +1,22 @@
-"""What every request passes before it is understood: the key, the body's size, and one line in the log afterwards."""
+"""What every request passes before it is understood: key, limits, the body's size; and a line in the log afterwards."""
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parablock.server.errors import ApiError
+from parablock.server.keys import Key, find_key
+from parablock.server.limits import Limits, Spending
+from parablock.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +27,16 @@ class Guard:
     """ASGI middleware around the application.
 
     `scope["state"]["log"]` is the request's line: handlers add to it what they know (never prompts or answers).
-    `scope["state"]["id"]` is its id, where somebody before has given it one.
+    `scope["state"]["id"]` is its id, where somebody before has given it one. `scope["state"]["spending"]`: where its
+    key's limits are, if there are any.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, max_body: int, responded: Callable[[int], None]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[Key], max_body: int, metrics: Metrics) -> None:
         self._app = app
-        self._responded = responded  # told every status
-        self._key = None if key is None else key.encode()
+        self._keys = keys
+        self._limits = {key: Limits(key, partial(metrics.rate_limited, key.name)) for key in keys}
         self._max_body = max_body
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, pass on, log."""
@@ -42,15 +47,23 @@ class Guard:
         state = scope.setdefault("state", {})
         line: dict[str, Any] = {"id": state.get("id") or secrets.token_hex(8)}
         state["log"] = line = line | {"method": scope["method"], "path": scope["path"]}
+        spending: Spending | None = None
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
                 line["status"] = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", line["id"].encode())]
+                own = {"x-request-id": line["id"]}
+                if spending:
+                    spending.settle()
+                    own |= spending.limits.headers()
+                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in own.items())]
             await send(message)
 
         try:
-            self._check_key(scope)
+            key = self._check_key(scope, line)
+            if key is not None and scope["method"] == "POST":
+                state["spending"] = spending = Spending(self._limits[key], line)
+                spending.begin()
             body = await self._read(scope, receive)
             await self._app(scope, _replay(body, receive), told)
         except ApiError as error:
@@ -63,16 +76,25 @@ class Guard:
             await ApiError(500, "the server failed; try again", code="internal_error").response()(scope, receive, told)
         finally:
             line["ms"] = round(1000 * (time.perf_counter() - started), 1)
-            self._responded(line.get("status", 0))
+            if spending:
+                spending.settle()
+            self._metrics.responded(line.get("status", 0))
             write_line(line)
 
-    def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"].startswith("/health"):
-            return
+    def _check_key(self, scope: Scope, line: dict[str, Any]) -> Key | None:
+        """Whose key it is; the log's line says who asked, or from where one came who may not."""
+        if not self._keys or scope["path"].startswith("/health"):
+            return None
         given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + self._key):
+        key = find_key(self._keys, given)
+        if key is None:
+            line |= {"refused": "wrong key" if given else "no key", "client": (scope.get("client") or ["unknown"])[0]}
+            self._metrics.refused_keys.inc()
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, "a wrong API key, or none; send it as a bearer token", None, "invalid_api_key", headers)
+        if key.name is not None:
+            line["key"] = key.name
+        return key
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body; too long or too slow is an error."""

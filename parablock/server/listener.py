@@ -51,9 +51,9 @@ class Listener:
         self._thread.join()
 
 
-def warn_if_open(address: str, key: str | None) -> None:
-    """A warning where other machines reach an address (of a bound socket) and no key is asked for."""
-    if key is None and not ipaddress.ip_address(address).is_loopback:
+def warn_if_open(address: str, *, asks: bool) -> None:
+    """A warning where other machines reach an address (of a bound socket) and it does not ask for a key."""
+    if not asks and not ipaddress.ip_address(address).is_loopback:
         warnings.warn(
             f"{address} can be reached from other machines, and everybody there may ask: set PARABLOCK_API_KEY, "
             "or use --host 127.0.0.1",

@@ -10,6 +10,7 @@ from parablock.server.answers import Answers
 from parablock.server.served import ServedModel
 
 PER_FORWARD = (1, 1.5, 2, 3, 4, 6, 8, 16, 32)
+TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -22,6 +23,15 @@ class Metrics:
         self._responses = Counter(
             "parablock_http_responses", "Responses by status.", ["status"], registry=self._registry
         )
+        self.refused_keys = Counter(
+            "parablock_refused_keys", "Requests without a key that may ask.", registry=self._registry
+        )
+        self._rate_limited = Counter(
+            "parablock_rate_limited_requests",
+            "Requests above a key's limit.",
+            ["key", "limit"],
+            registry=self._registry,
+        )
         self.requests = self._counter("requests", "Requests by how they ended.", "outcome")
         self.tokens = self._counter("tokens", "Tokens of answers.")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
@@ -31,6 +41,9 @@ class Metrics:
         self.accepted = self._counter("accepted_tokens", "Drafted tokens that became tokens of answers.", "drafter")
         self.tokens_per_forward = self._histogram("tokens_per_forward", "Of every request.", PER_FORWARD)
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
+        self.token_seconds = self._histogram(
+            "time_per_token_seconds", "Of every answer, from its first token to its last.", TOKEN_SECONDS
+        )
         self.seconds = self._histogram("request_seconds", "From arrival to the end.", SECONDS)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -42,6 +55,10 @@ class Metrics:
     def responded(self, status: int) -> None:
         """An HTTP response, of whatever endpoint; 0: the client left before it."""
         self._responses.labels(str(status)).inc()
+
+    def rate_limited(self, key: str | None, limit: str) -> None:
+        """A request that a key's limit of `requests` or `tokens` refuses."""
+        self._rate_limited.labels(key or "", limit).inc()
 
     def ended(self, answers: Answers, outcome: str) -> None:
         """A request that was decoded, at least in part."""
@@ -60,6 +77,10 @@ class Metrics:
             self.tokens_per_forward.labels(name).observe(answers.tokens / answers.forwards)
         if answers.first_token is not None:
             self.first_token.labels(name).observe(answers.first_token)
+        for choice in answers.choices:
+            first, seconds = choice.handle.first_token, choice.handle.seconds
+            if first is not None and seconds is not None and choice.tokens > 1:
+                self.token_seconds.labels(name).observe((seconds - first) / (choice.tokens - 1))
         self.seconds.labels(name).observe(answers.seconds or 0.0)
 
     def page(self) -> bytes:
@@ -86,10 +107,13 @@ class _Engines(Collector):
             for served in self._served:
                 gauge.add_metric([served.name], served.engine.stats[key])
             yield gauge
-        steps = CounterMetricFamily("parablock_steps", "Forwards of the engine.", labels=["model"])
-        seconds = CounterMetricFamily("parablock_step_seconds", "Time in the forwards.", labels=["model"])
-        for served in self._served:
-            steps.add_metric([served.name], served.engine.steps)
-            seconds.add_metric([served.name], served.engine.step_seconds)
-        yield steps
-        yield seconds
+        counters = {
+            "steps": "Forwards of the engine.",
+            "step_seconds": "Time in the forwards.",
+            "preemptions": "How often an answer gave its pages to others.",
+        }
+        for key, text in counters.items():
+            counter = CounterMetricFamily(f"parablock_{key}", text, labels=["model"])
+            for served in self._served:
+                counter.add_metric([served.name], getattr(served.engine, key))
+            yield counter

@@ -52,6 +52,11 @@ class ServedModel:
         """So many answers, whole or given up, have left after so many seconds."""
         self._recent.extend([seconds] * answers)
 
+    @property
+    def room(self) -> int:
+        """Answers that may be here at once, running or waiting."""
+        return self.engine.config.max_rows + (self.engine.config.max_queue or 0)
+
     def retry_after(self, places: int) -> int:
         """Whole seconds until so many places of a full engine are likely free.
 
@@ -59,8 +64,7 @@ class ServedModel:
         """
         if not self._recent:
             return 1
-        room = self.engine.config.max_rows + (self.engine.config.max_queue or 0)
-        seconds = places * sum(self._recent) / len(self._recent) / room
+        seconds = places * sum(self._recent) / len(self._recent) / self.room
         return min(max(1, math.ceil(seconds)), LONGEST_RETRY)
 
     def card(self) -> dict[str, Any]:
