@@ -3,7 +3,7 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,17 +147,12 @@ def _connect(site: Site, page: gr.Blocks, parts: Parts, chosen: list[Any]) -> No
     inputs = [session, parts.box, *chosen]
     outputs = [parts.stage, parts.box, parts.ask, parts.race, parts.stop, parts.again]
 
-    async def asked(session: Session, text: str, *values: Any) -> AsyncIterator[Any]:
-        async for update in _answering(site, session, text, values):
-            yield update
+    def answering(**how: bool) -> Callable[..., AsyncIterator[Any]]:
+        async def updates(session: Session, text: str, *values: Any) -> AsyncIterator[Any]:
+            async for update in _answering(site, session, text, values, **how):
+                yield update
 
-    async def raced(session: Session, text: str, *values: Any) -> AsyncIterator[Any]:
-        async for update in _answering(site, session, text, values, race=True):
-            yield update
-
-    async def regenerated(session: Session, text: str, *values: Any) -> AsyncIterator[Any]:
-        async for update in _answering(site, session, text, values, again=True):
-            yield update
+        return updates
 
     async def stopped(session: Session) -> None:
         session.stop = True
@@ -180,9 +175,9 @@ def _connect(site: Site, page: gr.Blocks, parts: Parts, chosen: list[Any]) -> No
 
     quiet: Any = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     asking: Any = {"inputs": inputs, "outputs": outputs, "trigger_mode": "multiple", **quiet}
-    gr.on([parts.ask.click, parts.box.submit], asked, **asking)
-    parts.race.click(raced, **asking)
-    parts.again.click(regenerated, **asking)
+    gr.on([parts.ask.click, parts.box.submit], answering(), **asking)
+    parts.race.click(answering(race=True), **asking)
+    parts.again.click(answering(again=True), **asking)
     parts.stop.click(stopped, session, None, queue=False, **quiet)
     parts.clear.click(cleared, session, [parts.stage, parts.again], queue=False, **quiet)
     kept = RESTORE.replace("STORE", json.dumps(_store(site)))
