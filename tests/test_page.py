@@ -320,5 +320,5 @@ def test_wrong_options_are_one_line() -> None:
 
 def test_the_page_has_its_files() -> None:
     static = Path(pb.__file__).parent / "app" / "static"
-    assert {path.name for path in static.iterdir()} == {"stage.html", "stage.css", "stage.js"}
+    assert {path.name for path in static.iterdir()} == {"stage.html", "stage.css", "stage.js", "cells.js", "keep.js"}
     assert not re.search(r"https?://|@import|url\(", "".join(path.read_text() for path in static.iterdir()))

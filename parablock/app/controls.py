@@ -8,6 +8,8 @@ import gradio as gr
 from parablock.app.client import Client
 from parablock.decoding.config import DecodeConfig, Drafter, Mode, Strategy
 
+LONGEST_SYSTEM = 10_000  # characters
+
 
 @dataclass(frozen=True)
 class Site:
@@ -49,6 +51,7 @@ class Settings:
     top_k: int | None  # 0 or an empty field: all tokens
     seed: int | None  # -1 or an empty field: another one each time
     max_tokens: int
+    system: str  # empty: no system message
 
     def common(self) -> dict[str, Any]:
         """What both ways of decoding take."""
@@ -112,6 +115,9 @@ def controls(site: Site) -> list[Any]:
         seed = gr.Number(-1, label="Seed", info="-1: any.", precision=0, minimum=-1, min_width=80)
     longest = max(16, min(2048, site.context // 2))
     max_tokens = gr.Slider(1, longest, min(512, longest), step=1, label="Max tokens")
+    system = gr.Textbox(
+        label="System message", placeholder="none", lines=2, max_lines=6, max_length=LONGEST_SYSTEM, elem_id="system"
+    )
     history = gr.Checkbox(site.history, label="Send earlier turns along", elem_id="history")
 
     def of_strategy(name: str) -> list[Any]:
@@ -120,5 +126,5 @@ def controls(site: Site) -> list[Any]:
     strategy.change(of_strategy, strategy, [threshold, factor, fixed], queue=False, show_progress="hidden")
     return [
         history, strategy, threshold, factor, fixed, sub_block, cache, drafter, drafts, sure,
-        temperature, top_p, top_k, seed, max_tokens,
+        temperature, top_p, top_k, seed, max_tokens, system,
     ]  # fmt: skip

@@ -48,6 +48,13 @@ class Lane:
         if chunk.get("usage"):
             self.tokens = chunk["usage"]["completion_tokens"]
 
+    def advise(self, *, system: bool, earlier: bool) -> None:
+        """Say with an error what may help: whether a system message and earlier turns went along."""
+        if self.error and system and "chat template refuses" in self.error:
+            self.error += " The model may know no system messages: empty the field 'System message'."
+        if self.error and earlier:
+            self.error += " Earlier turns went along; 'New chat' forgets them."
+
     def _drafts(self, step: dict[str, Any]) -> dict[str, Any]:
         """Of a step that verified drafts: those that wait, those it refused, both counts, how many it found right."""
         counts = [sum(step[name].values()) for name in ("drafted", "accepted")]
@@ -68,6 +75,7 @@ class Lane:
             "figures": self.figures,
             "error": self.error,
             "done": self.done,
+            "text": self.text if whole else "",
         }
 
 

@@ -1,8 +1,5 @@
 // The stage shows one answer (or two, in a race) as it is denoised, and plays it again. It receives the recorded events
-// as JSON in `props.value` and needs nothing else from the server. Every event tells which positions changed:
-//   {t: seconds since the question, f: forward, tokens: [[position, text, masked, confidence, accepted], ...]}
-// and in speculative decoding, which drafts wait behind the last token, and which this step has refused there:
-//   {..., drafts: [text, ...], refused: [text, ...], counts: [drafted, accepted]}
+// as JSON in `props.value` and needs nothing else from the server.
 const find = (name) => element.querySelector(name);
 const stage = find(".pb-stage");
 const scrub = find(".pb-scrub");
@@ -24,37 +21,8 @@ const make = (tag, name, text) => {
   return node;
 };
 
-// ---- what is known at a moment ------------------------------------------------------------------------------------
+// ---- where the replay stands -----------------------------------------------------------------------------------------
 
-/** The cells after the first `count` events of an answer: what each position shows. */
-function cellsAfter(data, count) {
-  const cells = [];
-  for (let i = 0; i < count; i++) {
-    const event = data.events[i];
-    for (const [at, text, masked, confidence, accepted] of event.tokens)
-      cells[at] = masked ? { masked } : { text, confidence, accepted, forward: event.f, fresh: i === count - 1 };
-  }
-  if (!count && data.events.length) cells.length = data.events[0].tokens.length;
-  for (let i = 0; i < cells.length; i++) cells[i] ??= { masked: true };
-  if (data.serial) cells.length = Math.min(cells.length, cells.findIndex((c) => c.masked) + 1 || Infinity); // and a cursor
-  if (data.done && count === data.events.length) return cells.slice(0, data.tokens ?? cells.length).filter((c) => !c.masked);
-  if (data.speculative && count) addDrafts(cells, data.events[count - 1]);
-  return cells;
-}
-
-/** Behind what is known: what the last event refused, then the drafts that wait, in place of the cursor. */
-function addDrafts(cells, { drafts, refused, f }) {
-  const cursor = cells.at(-1)?.masked ? cells.pop() : null;
-  cells.push(...refused.map((text) => ({ text, draft: "refused", forward: f })));
-  cells.push(...drafts.map((text) => ({ text, draft: "draft", forward: f })));
-  if (cursor && !drafts.length) cells.push(cursor);
-}
-
-const countAt = (data, time) => {
-  let count = 0;
-  while (count < data.events.length && data.events[count].t <= time) count++;
-  return count;
-};
 const lastMoment = () => (moments.length ? moments[moments.length - 1] : 0);
 const frameAt = (time) => moments.filter((t) => t <= time).length - 1;
 const isOver = () => value.state !== "running" && clock >= lastMoment();
@@ -106,6 +74,7 @@ function drawLane(lane) {
   const known = cells.filter((cell) => !cell.masked && !cell.draft).length;
   nodes.forward.textContent = event ? `forward ${event.f}` + (over ? "" : ` · ${known} tokens`) : "waiting";
   nodes.root.dataset.state = data.error ? "failed" : over ? "done" : isOver() ? "stopped" : "running";
+  nodes.copy.hidden = !data.text; // until the answer has ended
   nodes.error.textContent = data.error ?? "";
   nodes.error.hidden = !data.error;
   const figures = over ? data.figures ?? {} : event ? figuresSoFar(event, known) : {};
@@ -162,12 +131,16 @@ function drawVerdict(node) {
 // ---- building: once per question ----------------------------------------------------------------------------------
 
 function buildLane(data) {
+  const lane = { data, tokens: [] };
   const root = make("section", "pb-lane");
   const head = root.appendChild(make("header"));
-  head.append(make("h3", "", data.title), make("span", "pb-forward"));
+  const forward = make("span", "pb-forward");
+  const copy = copyButton(data.title, () => lane.data.text);
+  head.append(make("h3", "", data.title), forward, copy);
   root.append(make("div", "pb-text"), make("div", "pb-alert"), make("dl", "pb-figures"));
   const figures = root.querySelector(".pb-figures");
-  const nodes = { root, text: root.querySelector(".pb-text"), forward: head.lastChild, error: root.querySelector(".pb-alert") };
+  const nodes = { root, forward, copy, text: root.querySelector(".pb-text"), error: root.querySelector(".pb-alert") };
+  lane.nodes = nodes;
   const tiles = [["speed", "tokens/s"], ["width", "tokens/forward"], ["first", "first token"], ["count", "forwards"]];
   if (data.speculative) tiles.push(["right", "drafts accepted"]);
   for (const [name, label] of tiles) {
@@ -175,7 +148,13 @@ function buildLane(data) {
     nodes[name] = tile.appendChild(make("dd", "pb-" + name, "–"));
     tile.appendChild(make("dt", "", label));
   }
-  return { data, nodes, tokens: [] };
+  return lane;
+}
+
+function buildTurn({ question, answer }, i) {
+  const told = make("div", "pb-answer");
+  told.append(make("span", "", answer), copyButton(`Answer ${i + 1}`, () => answer));
+  return [make("div", "pb-question", question), told];
 }
 
 /** A growing answer comes with its latest events only: they continue those that are here. */
@@ -187,9 +166,11 @@ function joined(old, data) {
 function receive() {
   if (!props.value) return;
   const next = JSON.parse(props.value);
+  if (value && next.run < value.run) return; // it was overtaken
   const fresh = !value || value.run !== next.run;
   value = next;
   stage.dataset.state = value.state;
+  if (value.kept) keep(value.store, value.kept);
   find(".pb-empty").hidden = value.lanes.length > 0 || value.turns.length > 0 || Boolean(value.message);
   const alert = find(".pb-alert");
   alert.hidden = !value.message;
@@ -199,9 +180,7 @@ function receive() {
   question.textContent = value.question ?? "";
   find(".pb-player").hidden = !value.lanes.length;
   if (fresh) {
-    find(".pb-turns").replaceChildren(
-      ...value.turns.flatMap((turn) => [make("div", "pb-question", turn.question), make("div", "pb-answer", turn.answer)]),
-    );
+    find(".pb-turns").replaceChildren(...value.turns.flatMap(buildTurn));
     lanes = value.lanes.map(buildLane);
     find(".pb-lanes").replaceChildren(...lanes.map((lane) => lane.nodes.root));
     find(".pb-lanes").dataset.count = lanes.length;
