@@ -76,6 +76,10 @@ def shoot(page: Page, name: str) -> None:
 def animate(page: Page, name: str) -> None:
     """The stage's replay, one frame per forward, the last one shown longer."""
     steps = int(page.locator(".pb-scrub").get_attribute("max") or 0) + 1
+    scrub(page, steps - 1)
+    whole = page.locator(".pb-stage").bounding_box()
+    assert whole is not None
+    page.add_style_tag(content=f".pb-stage {{ min-height: {whole['height']}px }}")  # frames of one size
     frames = []
     for step in range(steps):
         scrub(page, step)
