@@ -67,7 +67,19 @@ def kills(problems: int, repeats: int) -> dict[str, Any]:
         source, output = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
         write_input(source, questions, "prompts")
         part = output.with_name("out.jsonl.part")
-        command = [sys.executable, "-m", "parablock", "batch", str(source), "-o", str(output), "--replicas", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "parablock",
+            "batch",
+            str(source),
+            "-o",
+            str(output),
+            "--replicas",
+            "2",
+            "--model",
+            "bundled",
+        ]
         command += ["--mode", "diffusion"]
         killed: list[dict[str, Any]] = []
         step = problems // (2 * repeats + 1)

@@ -76,16 +76,15 @@ def shoot(page: Page, name: str) -> None:
 def animate(page: Page, name: str) -> None:
     """The stage's replay, one frame per forward, the last one shown longer."""
     steps = int(page.locator(".pb-scrub").get_attribute("max") or 0) + 1
-    scrub(page, steps - 1)
-    whole = page.locator(".pb-stage").bounding_box()
-    assert whole is not None
-    page.add_style_tag(content=f".pb-stage {{ min-height: {whole['height']}px }}")  # frames of one size
     frames = []
     for step in range(steps):
         scrub(page, step)
         frames.append(Image.open(io.BytesIO(page.locator(".pb-stage").screenshot())).convert("RGB"))
     palette = frames[-1].quantize(255)
-    small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    whole = [Image.new("RGB", frames[-1].size, frame.getpixel((20, 20))) for frame in frames]  # the stage grows
+    for frame, canvas in zip(frames, whole, strict=True):
+        canvas.paste(frame)
+    small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in whole]
     durations = [900] * (steps - 1) + [3000]
     path = IMAGES / f"{name}.gif"
     small[0].save(path, save_all=True, append_images=small[1:], duration=durations, loop=0, optimize=True)
