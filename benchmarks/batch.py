@@ -67,20 +67,9 @@ def kills(problems: int, repeats: int) -> dict[str, Any]:
         source, output = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
         write_input(source, questions, "prompts")
         part = output.with_name("out.jsonl.part")
-        command = [
-            sys.executable,
-            "-m",
-            "parablock",
-            "batch",
-            str(source),
-            "-o",
-            str(output),
-            "--replicas",
-            "2",
-            "--model",
-            "bundled",
-        ]
-        command += ["--mode", "diffusion"]
+        command = [sys.executable, "-m", "parablock", "batch", str(source), "-o", str(output), "--replicas", "2"]
+        command += ["--model", "bundled", "--mode", "diffusion"]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
         killed: list[dict[str, Any]] = []
         step = problems // (2 * repeats + 1)
         for round_ in range(repeats):
