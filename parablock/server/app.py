@@ -12,10 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from parablock import __version__
-from parablock.data.chat import encode_prompt, encode_text
+from parablock.data.chat import encode_text
 from parablock.server.answers import Answers
 from parablock.server.bodies import Writer
 from parablock.server.config import ServeConfig
+from parablock.server.conversation import encode_conversation
 from parablock.server.delivery import Delivery
 from parablock.server.errors import (
     ApiError,
@@ -104,28 +105,34 @@ def _add_answers(app: FastAPI, state: State) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         served = state.pick(body.model)
         state.admit(served, body.choices())
-        messages = [message.plain() for message in body.messages]
-        length = sum(len(message["content"]) for message in messages)
-        try:
-            prompt = await _encode(encode_prompt, served.tokenizer, messages, length)
-        except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
-            raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
-        return _answer(state, served, body, request, [prompt], chat=True)
+        return _answer(state, served, body, request, [await _chat_prompt(served, body)], chat=True)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         served = state.pick(body.model)
         state.admit(served, body.choices())
         prompts = [
-            await _encode(encode_text, served.tokenizer, prompt, len(prompt)) if isinstance(prompt, str) else prompt
+            await _encode(encode_text, len(prompt), served.tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
         return _answer(state, served, body, request, prompts, chat=False)
 
 
-async def _encode(encode: Callable[[Any, Any], list[int]], tokenizer: Any, content: Any, length: int) -> list[int]:
+async def _chat_prompt(served: ServedModel, body: ChatBody) -> list[int]:
+    """The ids of a chat, with the tools that the model may see."""
+    messages = [message.plain() for message in body.messages]
+    use = body.tool_use()
+    shown = use.shown if use else ()
+    length = sum(map(len, map(str, (*messages, *shown))))
+    try:
+        return await _encode(encode_conversation, length, served.tokenizer, served.tool_format, messages, shown)
+    except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
+        raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
+
+
+async def _encode(encode: Callable[..., list[int]], length: int, *content: Any) -> list[int]:
     """Token ids; a long text is tokenized beside the event loop."""
-    return encode(tokenizer, content) if length < LONG else await asyncio.to_thread(encode, tokenizer, content)
+    return encode(*content) if length < LONG else await asyncio.to_thread(encode, *content)
 
 
 def _add_views(app: FastAPI, state: State) -> None:
@@ -173,7 +180,9 @@ def _answer(
         raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
     every = [prompt for prompt in prompts for _ in range(body.n or 1)]
     stream, line = bool(body.stream), request.state.log
-    answers = Answers(served, every, config, body.stops(), stream=stream, deadline=state.config.deadline)
+    answers = Answers(
+        served, every, config, body.stops(), stream=stream, deadline=state.config.deadline, tools=body.tool_use()
+    )
     usage = body.stream_options is not None and body.stream_options.include_usage
     counted = sum(len(prompt) for prompt in prompts)
     writer = Writer(answers, counted, chat=chat, usage=usage, denoising=bool(body.denoising))

@@ -12,7 +12,9 @@ from parablock.diffusion.gate import gate_of
 from parablock.diffusion.support import is_adapted
 from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
+from parablock.server.conversation import template_of
 from parablock.server.errors import ApiError, engine_stopped, shutting_down
+from parablock.server.tool_formats import format_of
 from parablock.settings import Model
 
 RECENT = 32  # answers whose time says how long the next ones take
@@ -25,6 +27,10 @@ class ServedModel:
     def __init__(self, name: str, model: Model, tokenizer: Any, config: EngineConfig) -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.tool_format = format_of(template_of(tokenizer))
+        marks = (self.tool_format.mark, self.tool_format.closer)
+        special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.tool_marks = {number: token for number, token in special.items() if token in marks}
         gate = gate_of(model)
         self.modes: tuple[Mode, ...] = ("autoregressive", "speculative")  # the first is the default
         if is_adapted(model.config):
