@@ -288,12 +288,11 @@ def serve(
         require_library(library, "serve")
     names = [name or default_model() for name in (model, *(also or []))]
     key = os.environ.get("PARABLOCK_API_KEY") or None
-    service = Service(tuple(names), config, replicas, dtype)
     if write_config is not None:
         require_library("yaml", "ray")
         from parablock.cluster.files import write_files
 
-        write_files(service, write_config)
+        write_files(Service(tuple(names), config, replicas, dtype), write_config)
         return
     if cluster:
         require_library("ray", "ray")
@@ -302,7 +301,7 @@ def serve(
     if cluster:
         from parablock.cluster.command import run_cluster
 
-        run_cluster(service, key)
+        run_cluster(Service(tuple(names), config, replicas, dtype), key)
     else:
         from parablock.server.command import run_server
 

@@ -38,7 +38,8 @@ CASES = [
     (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": "}</tool_call>\\""}}\n</tool_call>', "",
      [("f", '{"a": "}</tool_call>\\""}')]),
     (HERMES, 'I look.\n<tool_call>{"name":"f","arguments":{}}</tool_call>\n<tool_call>\n'
-     '{"arguments": {"b": [1]}, "name": "weather"}\n</tool_call>\n', "I look.", [("f", "{}"), ("weather", '{"b": [1]}')]),
+     '{"arguments": {"b": [1]}, "name": "weather"}\n</tool_call>\n', "I look.",
+     [("f", "{}"), ("weather", '{"b": [1]}')]),
     (HERMES, '<tool_call>{"name": "f"}</tool_call> so', " so", [("f", "{}")]),
     (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>', "", [("f", '{"a": 1}')]),
     (LLAMA, '{"name": "f", "parameters": {"a": {"b": 1}}}', "", [("f", '{"a": {"b": 1}}')]),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from parablock.cluster.config import ClusterConfig
 from parablock.server.config import ServeConfig
+from parablock.settings import require
 
 
 @dataclass(frozen=True)
@@ -14,3 +15,7 @@ class Service:
     serve: ServeConfig
     cluster: ClusterConfig
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        keep = self.serve.keep_responses
+        require(keep == 0, "keep_responses", keep, "a replica does not know the others' responses; leave it out")

@@ -62,10 +62,13 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messa
     return encode_rendered(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
 
 
-def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The ids of a text as the tokenizer begins one; special tokens that are spelled out are text, too."""
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, begin: bool = True) -> list[int]:
+    """The ids of a text; special tokens that are spelled out are text, too.
+
+    `begin`: with the special tokens with which the tokenizer begins a text.
+    """
     first, *rest = _cut(_spelled(tokenizer), text).split(CUT)
-    ids: list[int] = list(tokenizer(first)["input_ids"])
+    ids: list[int] = list(tokenizer(first, add_special_tokens=begin)["input_ids"])
     return ids + [i for piece in rest for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 

@@ -1,13 +1,12 @@
 """The HTTP application: OpenAI's endpoints over the engines."""
 
-import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from jinja2.exceptions import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -16,8 +15,8 @@ from parablock.data.chat import encode_text
 from parablock.server.answers import Answers
 from parablock.server.bodies import Writer
 from parablock.server.config import ServeConfig
-from parablock.server.conversation import encode_conversation
-from parablock.server.delivery import Delivery
+from parablock.server.conversation import beside, chat_prompt
+from parablock.server.delivery import AnswerWriter, Delivery
 from parablock.server.errors import (
     ApiError,
     ErrorBody,
@@ -30,9 +29,11 @@ from parablock.server.errors import (
 from parablock.server.guards import Guard
 from parablock.server.metrics import Metrics
 from parablock.server.protocol import Body, ChatBody, CompletionBody
+from parablock.server.response_bodies import ResponseWriter
+from parablock.server.response_store import Kept, ResponseStore
+from parablock.server.responses import ResponseBody, kept_items, no_store
 from parablock.server.served import ServedModel
-
-LONG = 20_000  # characters
+from parablock.server.tokenizing import DetokenizeBody, Detokenized, TokenizeBody, Tokens, detokenize, tokenize
 
 
 class State:
@@ -43,6 +44,7 @@ class State:
         self.first = served[0]
         self.config = config
         self.metrics = Metrics(served)
+        self.responses = ResponseStore(config.keep_responses)
         self.draining = False
         self.running = 0  # requests being answered
 
@@ -96,6 +98,7 @@ def endpoints(served: Sequence[ServedModel], config: ServeConfig) -> FastAPI:
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     _add_answers(app, state)
+    _add_responses(app, state)
     _add_views(app, state)
     return app
 
@@ -105,34 +108,70 @@ def _add_answers(app: FastAPI, state: State) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         served = state.pick(body.model)
         state.admit(served, body.choices())
-        return _answer(state, served, body, request, [await _chat_prompt(served, body)], chat=True)
+        prompts = [await _chat_prompt(served, body)]
+        return _answer(state, served, body, request, prompts, _chat_writer(body, chat=True))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         served = state.pick(body.model)
         state.admit(served, body.choices())
         prompts = [
-            await _encode(encode_text, len(prompt), served.tokenizer, prompt) if isinstance(prompt, str) else prompt
+            await beside(encode_text, len(prompt), served.tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
-        return _answer(state, served, body, request, prompts, chat=False)
+        return _answer(state, served, body, request, prompts, _chat_writer(body, chat=False))
 
 
 async def _chat_prompt(served: ServedModel, body: ChatBody) -> list[int]:
     """The ids of a chat, with the tools that the model may see."""
-    messages = [message.plain() for message in body.messages]
     use = body.tool_use()
-    shown = use.shown if use else ()
-    length = sum(map(len, map(str, (*messages, *shown))))
-    try:
-        return await _encode(encode_conversation, length, served.tokenizer, served.tool_format, messages, shown)
-    except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
-        raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
+    messages = [message.plain() for message in body.messages]
+    return await chat_prompt(served.tokenizer, served.tool_format, messages, use.shown if use else ())
 
 
-async def _encode(encode: Callable[..., list[int]], length: int, *content: Any) -> list[int]:
-    """Token ids; a long text is tokenized beside the event loop."""
-    return encode(*content) if length < LONG else await asyncio.to_thread(encode, *content)
+def _chat_writer(body: Body, *, chat: bool) -> Callable[[Answers, int], AnswerWriter]:
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return partial(Writer, chat=chat, usage=usage, denoising=bool(body.denoising))
+
+
+def _add_responses(app: FastAPI, state: State) -> None:
+    store = state.responses
+
+    def kept(known: str, param: str) -> Kept:
+        found = store.get(known)
+        if found is None:
+            message = f"there is no response {known[:100]!r}; it was not kept, or forgotten since"
+            raise ApiError(404, message, param, "response_not_found")
+        return found
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponseBody, request: Request) -> Response:
+        served = state.pick(body.model)
+        state.admit(served, 1)
+        if not store.most and (body.store or body.previous_response_id is not None):
+            raise no_store("store" if body.store else "previous_response_id")
+        if body.previous_response_id is not None:
+            before = kept_items(kept(body.previous_response_id, "previous_response_id").items)
+            body = body.model_copy(update={"input": [*before, *body.input]})
+        chat = body.chat()
+        items = [item.model_dump(exclude_none=True) for item in body.input]
+
+        def keep(response: dict[str, Any]) -> None:
+            store.keep(Kept(response, [*items, *response["output"]]))
+
+        keeps = keep if store.most and body.store is not False else None
+        prompts = [await _chat_prompt(served, chat)]
+        return _answer(state, served, chat, request, prompts, partial(ResponseWriter, asked=body, keep=keeps))
+
+    @app.get("/v1/responses/{response_id}")
+    async def response(response_id: str) -> dict[str, Any]:
+        return kept(response_id, "response_id").response
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> dict[str, Any]:
+        kept(response_id, "response_id")
+        store.delete(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
 
 
 def _add_views(app: FastAPI, state: State) -> None:
@@ -143,6 +182,14 @@ def _add_views(app: FastAPI, state: State) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         return state.pick(name).card()
+
+    @app.post("/tokenize", response_model_exclude_none=True)
+    async def tokens(body: TokenizeBody) -> Tokens:
+        return await tokenize(state.pick(body.model), body)
+
+    @app.post("/detokenize")
+    async def text(body: DetokenizeBody) -> Detokenized:
+        return await detokenize(state.pick(body.model), body)
 
     @app.get("/health/live")
     async def live() -> Response:
@@ -167,7 +214,12 @@ def _stopped(state: State) -> Response | None:
 
 
 def _answer(
-    state: State, served: ServedModel, body: Body, request: Request, prompts: list[list[int]], *, chat: bool
+    state: State,
+    served: ServedModel,
+    body: Body,
+    request: Request,
+    prompts: list[list[int]],
+    write: Callable[[Answers, int], AnswerWriter],
 ) -> Response:
     """Decode `n` answers to every prompt, whole or as a stream."""
     try:
@@ -177,15 +229,15 @@ def _answer(
     context = served.engine.max_context
     if (longest := max(len(prompt) for prompt in prompts)) > context:
         message = f"a prompt of {longest} tokens exceeds the context of {context} tokens; shorten it"
-        raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
+        param = "messages" if isinstance(body, ChatBody) else "prompt"
+        raise ApiError(400, message, param, "context_length_exceeded")
     every = [prompt for prompt in prompts for _ in range(body.n or 1)]
     stream, line = bool(body.stream), request.state.log
     answers = Answers(
         served, every, config, body.stops(), stream=stream, deadline=state.config.deadline, tools=body.tool_use()
     )
-    usage = body.stream_options is not None and body.stream_options.include_usage
     counted = sum(len(prompt) for prompt in prompts)
-    writer = Writer(answers, counted, chat=chat, usage=usage, denoising=bool(body.denoising))
+    writer = write(answers, counted)
     line |= {"model": served.name, "stream": stream, "prompt_tokens": counted}
     state.running += 1
 

@@ -16,6 +16,9 @@ class ServeConfig:
     max_queue: int = setting(128, help="Answers that may wait; further ones are refused (429).")
     deadline: float = setting(600.0, help="Seconds until an answer must be whole.")
     max_body: int = setting(1_000_000, help="The longest request in bytes.")
+    keep_responses: int = setting(
+        0, help="Responses of /v1/responses that are kept in memory, so that later ones may follow them. Default: none."
+    )
     cors_origin: tuple[str, ...] | None = setting(
         None, help="Web pages of this origin may ask (repeatable). Default: none."
     )
@@ -32,6 +35,6 @@ class ServeConfig:
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "port", self.port, "use 1 to 65535, or 0 for any free one")
         require_at_least(self, 1, "max_rows", "max_body")
-        require_at_least(self, 0, "max_queue")
+        require_at_least(self, 0, "max_queue", "keep_responses")
         require(self.deadline > 0, "deadline", self.deadline, "use a positive number of seconds")
         require(self.drain >= 0, "drain", self.drain, "use 0 or more seconds")

@@ -1,15 +1,22 @@
 """A chat with tools as a model's chat template writes it, and in plain messages where the template knows no tools."""
 
+import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from jinja2.exceptions import TemplateError
 
 from parablock.data.chat import encode_rendered, render
+from parablock.server.errors import ApiError
 from parablock.server.tool_formats import HERMES, Format
 from parablock.server.tools import Function
 
+LONG = 20_000  # characters
+Result = TypeVar("Result")
 INTRODUCTION = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -23,6 +30,32 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""  # in the words of Hermes and Qwen2.5
+
+
+async def beside(work: Callable[..., Result], length: int, *content: Any) -> Result:
+    """The work's result; with a long content it is done beside the event loop."""
+    return work(*content) if length < LONG else await asyncio.to_thread(work, *content)
+
+
+async def chat_prompt(
+    tokenizer: Any,
+    format: Format,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Function],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """The ids of a chat.
+
+    Raises:
+        ApiError: a chat that the template refuses.
+    """
+    encode = partial(encode_conversation, add_generation_prompt=add_generation_prompt)
+    length = sum(map(len, map(str, (*messages, *tools))))
+    try:
+        return await beside(encode, length, tokenizer, format, messages, tools)
+    except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
+        raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
 
 
 def encode_conversation(

@@ -26,6 +26,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
+    "background": (False,),
+    "truncation": ("disabled",),
+    "include": ([],),
+    "reasoning": (),
+    "conversation": (),
+    "max_tool_calls": (),
 }
 DECODING = (
     "mode", "temperature", "top_p", "top_k", "seed", "threshold", "sub_block_size", "strategy", "factor",

@@ -33,9 +33,9 @@ class Spoken:
                 self._text += text
                 return {"content": text}
             case Begun(name):
-                call = {"id": call_id(self._format), "type": "function", "function": {"name": name, "arguments": ""}}
-                self._calls.append(call)
-                return {"tool_calls": [{"index": index + 1, **call, "function": {**call["function"]}}]}
+                head = {"id": call_id(self._format), "type": "function"}
+                self._calls.append({**head, "function": {"name": name, "arguments": ""}})
+                return {"tool_calls": [{"index": index + 1, **head, "function": {"name": name, "arguments": ""}}]}
             case Arguments(text):
                 self._calls[-1]["function"]["arguments"] += text
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
