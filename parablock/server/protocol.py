@@ -1,10 +1,11 @@
 """What a request may say, and the settings it stands for. Anything else is refused by name."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from parablock.decoding.config import DecodeConfig, Drafter, Mode, Strategy
+from parablock.server.structured import Strict, Structured, Text
 from parablock.settings import help_of
 
 LARGEST = 2**31 - 1
@@ -17,7 +18,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
@@ -31,28 +31,9 @@ DECODING = (
 )  # fmt: skip
 
 
-def _whole_characters(text: str) -> str:
-    """JSON can escape half a character, which is no text."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair is no text; send whole characters") from None
-    return text
-
-
 def _setting(name: str, **limits: Any) -> Any:
     """An optional field that is one of `DecodeConfig`'s, in its words."""
     return Field(None, description=help_of(DecodeConfig, name), **limits)
-
-
-Text = Annotated[str, AfterValidator(_whole_characters)]
-
-
-class Strict(BaseModel):
-    """Unknown fields and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TextPart(Strict):
@@ -86,7 +67,7 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class Body(Strict):
+class Body(Structured):
     """What chats and completions have in common."""
 
     model: str | None = None
