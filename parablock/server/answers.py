@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parablock.decoding.config import DecodeConfig
+from parablock.decoding.grammar import CompiledGrammar
 from parablock.decoding.rows import DRAFTERS
 from parablock.engine.request import Handle, QueueFullError, Request, Update
 from parablock.server.errors import ApiError, from_value_error
@@ -61,6 +62,7 @@ class Answers:
         prompts: one entry per answer, in the order of the choices.
         config: how all of them are decoded.
         stops: strings before which an answer ends.
+        grammar: what every answer is held to.
         stream: pieces are wanted as they come.
         deadline: seconds until the answers must be whole.
         tools: what the answers may call.
@@ -75,6 +77,7 @@ class Answers:
         prompts: Sequence[list[int]],
         config: DecodeConfig,
         stops: Sequence[str],
+        grammar: CompiledGrammar | None = None,
         *,
         stream: bool,
         deadline: float,
@@ -96,7 +99,7 @@ class Answers:
         try:
             for index, prompt in enumerate(prompts):
                 watched = stream or bool(stops) or (tools is not None and tools.one)
-                request = Request(prompt, config, stream=watched, sample=index)
+                request = Request(prompt, config, stream=watched, sample=index, grammar=grammar)
                 handle = served.engine.submit(request, listener)
                 text = AnswerText(served.tokenizer, stops, served.tool_marks if tools else {})
                 reader = tools.reader(served.tool_format) if tools else None

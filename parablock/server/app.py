@@ -1,5 +1,6 @@
 """The HTTP application: OpenAI's endpoints over the engines."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ from parablock.server.response_store import Kept, ResponseStore
 from parablock.server.responses import ResponseBody, kept_items, no_store
 from parablock.server.served import ServedModel
 from parablock.server.tokenizing import DetokenizeBody, Detokenized, TokenizeBody, Tokens, detokenize, tokenize
+from parablock.server.tool_grammars import compile_grammar
 
 
 class State:
@@ -109,7 +111,7 @@ def _add_answers(app: FastAPI, state: State) -> None:
         served = state.pick(body.model)
         state.admit(served, body.choices())
         prompts = [await _chat_prompt(served, body)]
-        return _answer(state, served, body, request, prompts, _chat_writer(body, chat=True))
+        return await _answer(state, served, body, request, prompts, _chat_writer(body, chat=True))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -119,7 +121,7 @@ def _add_answers(app: FastAPI, state: State) -> None:
             await beside(encode_text, len(prompt), served.tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
-        return _answer(state, served, body, request, prompts, _chat_writer(body, chat=False))
+        return await _answer(state, served, body, request, prompts, _chat_writer(body, chat=False))
 
 
 async def _chat_prompt(served: ServedModel, body: ChatBody) -> list[int]:
@@ -161,7 +163,7 @@ def _add_responses(app: FastAPI, state: State) -> None:
 
         keeps = keep if store.most and body.store is not False else None
         prompts = [await _chat_prompt(served, chat)]
-        return _answer(state, served, chat, request, prompts, partial(ResponseWriter, asked=body, keep=keeps))
+        return await _answer(state, served, chat, request, prompts, partial(ResponseWriter, asked=body, keep=keeps))
 
     @app.get("/v1/responses/{response_id}")
     async def response(response_id: str) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def _stopped(state: State) -> Response | None:
     return JSONResponse({"status": f"the engine of {served.name} has stopped: {served.stopped}"}, 503)
 
 
-def _answer(
+async def _answer(
     state: State,
     served: ServedModel,
     body: Body,
@@ -231,10 +233,18 @@ def _answer(
         message = f"a prompt of {longest} tokens exceeds the context of {context} tokens; shorten it"
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         raise ApiError(400, message, param, "context_length_exceeded")
+    grammar = await asyncio.to_thread(compile_grammar, served, body) if body.is_held() else None
     every = [prompt for prompt in prompts for _ in range(body.n or 1)]
     stream, line = bool(body.stream), request.state.log
     answers = Answers(
-        served, every, config, body.stops(), stream=stream, deadline=state.config.deadline, tools=body.tool_use()
+        served,
+        every,
+        config,
+        body.stops(),
+        grammar,
+        stream=stream,
+        deadline=state.config.deadline,
+        tools=body.tool_use(),
     )
     counted = sum(len(prompt) for prompt in prompts)
     writer = write(answers, counted)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from parablock.decoding.config import DecodeConfig, Drafter, Mode, Strategy
 from parablock.server.strict import NoMedia, Strict, Text
+from parablock.server.structured import Structured
 from parablock.server.tools import ToolCall, ToolFields, ToolUse
 from parablock.settings import help_of
 
@@ -19,7 +20,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
@@ -95,7 +95,7 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class Body(Strict):
+class Body(Structured):
     """What chats and completions have in common."""
 
     model: str | None = None
@@ -165,6 +165,10 @@ class Body(Strict):
     def tool_use(self) -> ToolUse | None:
         """What the answers may call."""
         return None
+
+    def is_held(self) -> bool:
+        """Whether something may hold the answers to a grammar."""
+        return self.grammar() is not None or self.tool_use() is not None
 
     def decode_config(self) -> DecodeConfig:
         """The settings; what is left out has `DecodeConfig`'s default, so without a temperature decoding is greedy."""
