@@ -83,16 +83,19 @@ def _as_items(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
-class FlatTool(Function):
+class OfType(Strict):
+    """The one type of tools; told before what else is wrong."""
+
+    type: Literal["function"]
+
+
+class FlatTool(Function, OfType):
     """A function as responses name it."""
 
-    type: Literal["function"]
 
-
-class FlatNamedTool(Strict):
+class FlatNamedTool(OfType):
     """This function shall be called."""
 
-    type: Literal["function"]
     name: str
 
 

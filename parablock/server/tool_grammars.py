@@ -14,6 +14,7 @@ from parablock.server.tools import Function, ToolUse
 
 ANY_TEXT = "TEXT: /(.|\\n)*/"
 NO_OBJECT = "TEXT: /(\\s*[^{\\s](.|\\n)*)?/"  # which would be a call without its mark
+ONE_LINE = {**JSON, "whitespace_pattern": " "}  # as models write arguments
 JSON_KINDS = ("json_object", "json_schema")
 
 
@@ -95,7 +96,7 @@ def _starts(use: ToolUse, format: Format, mark: str, form: Grammar | None, *, sp
     if form:
         schema = json.loads(form.source or '{"type": "object"}')
         _check(schema)
-        return [f"start: {plain} | %json {_options(schema)}"]
+        return [f"start: {plain} | %json {_with(JSON, schema)}"]
     text = NO_OBJECT if format.bare else ANY_TEXT
     bare = "calls | " if format.bare else ""
     if special:
@@ -113,12 +114,12 @@ def _function(function: Function, format: Format, held: set[str]) -> str:
             raise ValueError(f"{function.name}: {error}") from None
         schema = {"type": "object", **schema}
     head = json.dumps(f'"{function.name}", "{format.key}": ')
-    return f"{head} %json {_options(schema)}"
+    return f"{head} %json {_with(ONE_LINE, schema)}"
 
 
 def _check(schema: Any) -> None:
     check_schema(json.dumps(schema))
 
 
-def _options(schema: Any) -> str:
-    return json.dumps({**schema, "x-guidance": JSON})
+def _with(options: Any, schema: Any) -> str:
+    return json.dumps({**schema, "x-guidance": options})

@@ -25,7 +25,8 @@ class Function(Strict):
 
     def shown(self) -> dict[str, Any]:
         """As chat templates take it."""
-        shown = {"name": self.name, "description": self.description or "", "parameters": self.schema_of_arguments()}
+        described = {"description": self.description} if self.description else {}
+        shown = {"name": self.name, **described, "parameters": self.schema_of_arguments()}
         return {"type": "function", "function": shown}
 
     def schema_of_arguments(self) -> dict[str, Any]:
