@@ -29,7 +29,9 @@ ASK: dict[str, Any] = {"model": "roomy", "messages": MESSAGES, "tools": [WEATHER
 
 
 class Forecast(pydantic.BaseModel):
-    """What shall come back."""
+    """What shall come back, and nothing else."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
 
     sky: Literal["clear", "cloudy"]
     degrees: Literal[1, 2, 3]
