@@ -138,10 +138,10 @@ def test_malformed_bodies(server: Served) -> None:
         b'{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function","function":{"name":"f","parameters":'
     )
     ends = (
-        b'{"\\ud800":1}}}]}', b'{"a":1e999}}}]}', b'{"a":' + b"[" * 9_000, b'{"a":' + b"[" * 900 + b"]" * 900 + b"}}}]}",
-        b'{"type":7}}}],"tool_choice":"required"}', b'{"type":"string"},"strict":true}}]}',
+        b'{"\\ud800":1}}}]}', b'{"a":1e999}}}]}', b'{"a":' + b"[" * 9_000,
+        b'{"a":' + b"[" * 900 + b"]" * 900 + b"}}}]}", b'{"properties":7}}}],"tool_choice":"required"}', b'{"required":[[]]},"strict":true}}]}',
     )  # fmt: skip
-    nasty += [tool + end for end in ends]
+    nasty += [tool + b'"parameters":' + end for end in ends]
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"):
         for body in nasty:
             response = server.http.post(path, content=body)

@@ -171,6 +171,7 @@ IMAGE = {"type": "input_image", "image_url": "data:,"}
         ({"input": [{"type": "function_call", "name": "x"}]}, "input.0.function_call.call_id", "required"),
         ({"max_tokens": 3}, "max_tokens", "max_output_tokens"),
         ({"n": 2}, "n", "one answer"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "text.format"),
         ({"messages": []}, "messages", "not supported"),
         ({"background": True}, "background", "not supported"),
         ({"reasoning": {"effort": "high"}}, "reasoning", "not supported"),

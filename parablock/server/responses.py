@@ -13,6 +13,7 @@ from parablock.settings import help_of
 
 ELSEWHERE = {  # a chat's fields
     "max_tokens": "use max_output_tokens",
+    "response_format": "use text.format",
     "n": "a response has one answer; leave it out",
     "denoising": "use /v1/chat/completions",
 }

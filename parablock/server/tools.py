@@ -23,6 +23,13 @@ class Function(Strict):
     parameters: Json | None = None
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _arguments_are_an_object(self) -> "Function":
+        kind = (self.parameters or {}).get("type", "object")
+        if kind != "object":
+            raise ValueError(f"parameters describe {str(kind)[:40]!r}, and arguments are an object; use type 'object'")
+        return self
+
     def shown(self) -> dict[str, Any]:
         """As chat templates take it."""
         described = {"description": self.description} if self.description else {}
