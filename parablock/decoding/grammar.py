@@ -26,7 +26,7 @@ TRIED = 4  # tokens
 KEPT = 256  # compiled grammars of a tokenizer, the latest used ones
 END = "\ufdd1"  # the name of the end, a token that no text holds: Unicode keeps it for a program's own use
 # a schema cannot ask for less than it says; white space has an end, where models would go on with it
-JSON: Any = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": r"( |\n[ \t]{0,32})"}
+JSON: Any = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": r"( |\n[ \t]{0,16})"}
 _STARTING = threading.Lock()
 T = TypeVar("T")
 
