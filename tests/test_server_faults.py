@@ -134,12 +134,11 @@ def test_malformed_bodies(server: Served) -> None:
         nasty.append(bytes(body))
     nasty += [b'{"input":"\\ud800"}', b'{"input":[[]]}', b'{"input":[{}]}', b'{"input":[{"type":[]}]}']
     nasty += [b'{"tokens":[-1]}', b'{"tokens":[1e9]}']
-    tool = (
-        b'{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function","function":{"name":"f","parameters":'
-    )
+    tool = b'{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function","function":{"name":"f",'
     ends = (
         b'{"\\ud800":1}}}]}', b'{"a":1e999}}}]}', b'{"a":' + b"[" * 9_000,
-        b'{"a":' + b"[" * 900 + b"]" * 900 + b"}}}]}", b'{"properties":7}}}],"tool_choice":"required"}', b'{"required":[[]]},"strict":true}}]}',
+        b'{"a":' + b"[" * 900 + b"]" * 900 + b"}}}]}", b'{"properties":7}}}],"tool_choice":"required"}',
+        b'{"required":[[]]},"strict":true}}]}',
     )  # fmt: skip
     nasty += [tool + b'"parameters":' + end for end in ends]
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"):

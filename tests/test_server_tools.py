@@ -218,8 +218,8 @@ CALLED = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
     [
         ({"tools": [WEATHER, WEATHER]}, "tools", "twice"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools.0.function",
-         "use type 'object'"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+         "tools.0.function", "use type 'object'"),
         ({"tools": [WEATHER] * 129}, "tools", "at most 128"),
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "none of the tools"),
         ({"tool_choice": "any"}, "tool_choice", "required"),
