@@ -1,6 +1,7 @@
 """A JSON schema before llguidance compiles it: what it would take, though no answer would fit, or ever end."""
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
@@ -49,8 +50,10 @@ def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
 def _check_count(node: dict[str, Any]) -> None:
     """An object may repeat a name that is not listed, so its names cannot be counted."""
     least = node.get("minProperties", 0)
+    required = node.get("required")
+    needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else ()
     listed = node.get("additionalProperties", True) is False and not node.get("patternProperties")
-    if isinstance(least, int | float) and least > max(1, len(set(node.get("required", ())))) and not listed:
+    if isinstance(least, int | float) and least > max(1, len(needed)) and not listed:
         raise ValueError(
             f"minProperties={least} is supported only with additionalProperties=false, or up to the number of required "
             "properties; list the properties"
@@ -85,7 +88,7 @@ def _node_ends(node: dict[str, Any], fits: Any, refers: Any) -> bool:
     if "$ref" in node and not refers(node["$ref"]):
         return False
     kinds = node.get("type", "any")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
+    kinds = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str)]
     if "enum" in node or "const" in node or any(kind not in ("object", "array") for kind in kinds):
         return True
     return ("object" in kinds and _object_ends(node, fits)) or ("array" in kinds and _array_ends(node, fits))
@@ -101,7 +104,7 @@ def _object_ends(node: dict[str, Any], fits: Any) -> bool:
 def _array_ends(node: dict[str, Any], fits: Any) -> bool:
     least, first = node.get("minItems", 0), node.get("prefixItems")
     first = first if isinstance(first, list) else []
-    if not isinstance(least, int | float):
+    if not isinstance(least, int | float) or not math.isfinite(least):
         return True
     return all(fits(part) for part in first[: int(least)]) and (least <= len(first) or fits(node.get("items")))
 

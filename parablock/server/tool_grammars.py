@@ -1,6 +1,7 @@
 """What holds an answer to its tools: calls alone where they are required, and arguments that fit a strict function."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,8 @@ def _compiled(served: ServedModel, grammar: Grammar, field: str) -> CompiledGram
     try:
         return served.grammars.compile(grammar)
     except ValueError as error:
-        raise ApiError(400, f"{field}: {error}", field, "invalid_grammar") from None
+        told = re.sub(r"at \d+\(\d+\): | \d+ \| .*", "", str(error))  # nobody has seen the lines of this grammar
+        raise ApiError(400, f"{field}: {told}", field, "invalid_grammar") from None
 
 
 def tool_grammar(
