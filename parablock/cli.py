@@ -56,11 +56,22 @@ def generate(
     model: ModelOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens and figures.")] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer with JSON that fits the schema in this file.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Answer with a text that this regular expression matches as a whole.")
+    ] = None,
     dtype: DtypeOption = None,
     given: Given = NOTHING,
 ) -> None:
     """Answer one prompt, to stdout."""
     config = DecodeConfig(**given)  # wrong settings are told before anything is loaded
+    if json_schema is not None or regex is not None:
+        require_library("llguidance", "serve")
+    from parablock.decoding.grammar import grammar_from_options
+
+    grammar = grammar_from_options(json_schema, regex)
     if prompt is None and sys.stdin.isatty():
         raise ValueError("there is no prompt; pass it as an argument or on stdin")
     text = sys.stdin.read() if prompt in (None, "-") else prompt
@@ -70,7 +81,7 @@ def generate(
     model = _announced(model, config)
     from parablock.app.terminal import answer_once
 
-    answer_once(model, text, config, raw=raw, as_json=as_json, dtype=dtype)
+    answer_once(model, text, config, grammar, raw=raw, as_json=as_json, dtype=dtype)
 
 
 @app.command()
@@ -285,7 +296,7 @@ def serve(
 ) -> None:
     """Serve models over OpenAI's HTTP interface; one key is in PARABLOCK_API_KEY, several are in --api-keys."""
     config, replicas = ServeConfig(**given), ClusterConfig(**cluster)
-    for library in ("uvicorn", "fastapi", "prometheus_client"):
+    for library in ("uvicorn", "fastapi", "prometheus_client", "llguidance"):
         require_library(library, "serve")
     for library in OTEL if config.otlp_endpoint else ():
         require_library(library, "otel")
@@ -305,7 +316,7 @@ def serve(
     if cluster:
         from parablock.cluster.command import run_cluster
 
-        run_cluster(service, key)
+        run_cluster(Service(tuple(names), config, replicas, dtype), key)
     else:
         from parablock.server.command import run_server
 

@@ -308,6 +308,8 @@ def test_prefixes_are_bounded_and_take_any_body() -> None:
     assert beginning(b'{"prompt": "abc"}') == ("", "abc")
     assert beginning(b'{"model": "m", "prompt": [[1, 2], [3]]}') == ("m", "1 2")
     assert beginning(b'{"prompt": ["a", "b"]}') == ("", "a")
+    assert beginning(b'{"input": "abc", "instructions": "x"}') == ("", '"x"', '"abc"')
+    assert beginning(b'{"input": [{"role": "user"}]}') == ("", '{"role": "user"}')
     for body in (b"", b"[", b"[]", b"3", b'{"messages": 3}', b'{"prompt": null}', b"\xff"):
         assert beginning(body) == ()
 

@@ -160,7 +160,9 @@ def test_denoising_adds_up_to_the_answer(server: Served, bundled: tuple[Any, Any
     [
         ({"logprobs": True}, "logprobs", "unsupported_parameter"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "invalid_value"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type", "invalid_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"temprature": 1}, "temprature", "unsupported_parameter"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
@@ -172,8 +174,9 @@ def test_denoising_adds_up_to_the_answer(server: Served, bundled: tuple[Any, Any
         ({"denoising": True}, "denoising", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "invalid_value"),
         ({"n": 1000}, "n", "invalid_value"),
     ],
 )

@@ -90,16 +90,22 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
+BASES: dict[str, Any] = {
+    "/v1/chat/completions": ASK | {"max_tokens": 2},
+    "/v1/completions": {"prompt": "2 + 2", "max_tokens": 2},
+    "/v1/responses": {"input": "2 + 2", "max_output_tokens": 2},
+    "/tokenize": {"prompt": "2 + 2"},
+}
 FIELDS = ["model", "messages", "prompt", "stream", "stream_options", "stop", "max_tokens", "n", "temperature", "top_p",
           "seed", "mode", "threshold", "sub_block_size", "strategy", "factor", "tokens_per_step", "top_k",
-          "denoising", "logprobs", "tools", "metadata", "max_completion_tokens"]  # fmt: skip
+          "denoising", "logprobs", "tools", "tool_choice", "input", "instructions", "text",
+          "previous_response_id", "store", "metadata", "max_completion_tokens"]  # fmt: skip
 
 
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
-@given(chat=st.booleans(), fields=st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3))
-def test_bodies_with_wrong_fields(server: Served, chat: bool, fields: dict[str, Any]) -> None:
-    path, base = ("/v1/chat/completions", dict(ASK)) if chat else ("/v1/completions", {"prompt": "2 + 2"})
-    response = server.http.post(path, content=json.dumps({**base, "max_tokens": 2, **fields}))
+@given(path=st.sampled_from([*BASES]), fields=st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3))
+def test_bodies_with_wrong_fields(server: Served, path: str, fields: dict[str, Any]) -> None:
+    response = server.http.post(path, content=json.dumps({**BASES[path], **fields}))
     assert response.status_code < 500, response.text
     if response.status_code >= 400:
         error_of(response)
@@ -126,7 +132,16 @@ def test_malformed_bodies(server: Served) -> None:
             at = rng.randrange(len(body))
             body[at : at + rng.randint(0, 5)] = rng.randbytes(rng.randint(0, 4))
         nasty.append(bytes(body))
-    for path in ("/v1/chat/completions", "/v1/completions"):
+    nasty += [b'{"input":"\\ud800"}', b'{"input":[[]]}', b'{"input":[{}]}', b'{"input":[{"type":[]}]}']
+    nasty += [b'{"tokens":[-1]}', b'{"tokens":[1e9]}']
+    tool = b'{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function","function":{"name":"f",'
+    ends = (
+        b'{"\\ud800":1}}}]}', b'{"a":1e999}}}]}', b'{"a":' + b"[" * 9_000,
+        b'{"a":' + b"[" * 900 + b"]" * 900 + b"}}}]}", b'{"properties":7}}}],"tool_choice":"required"}',
+        b'{"required":[[]]},"strict":true}}]}',
+    )  # fmt: skip
+    nasty += [tool + b'"parameters":' + end for end in ends]
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"):
         for body in nasty:
             response = server.http.post(path, content=body)
             assert response.status_code < 500, (body[:200], response.text)

@@ -20,7 +20,7 @@ from parablock.server.errors import ApiError
 from parablock.server.guards import BODY_SECONDS, write_line
 
 COLLECT_SECONDS = 5.0  # that replicas have to tell their metrics
-PROMPTED = ("/v1/chat/completions", "/v1/completions")
+PROMPTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 class Front:

@@ -22,6 +22,11 @@ def beginning(body: bytes) -> tuple[str, ...]:
     model = str(asked.get("model", ""))
     if isinstance(messages := asked.get("messages"), list):
         return (model, *(json.dumps(message, sort_keys=True, ensure_ascii=False) for message in messages))
+    if "input" in asked:
+        given = asked["input"]
+        items = given if isinstance(given, list) else [given]
+        first = [asked["instructions"]] if asked.get("instructions") else []
+        return (model, *(json.dumps(item, sort_keys=True, ensure_ascii=False) for item in [*first, *items]))
     prompt = asked.get("prompt")
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         prompt = prompt[0]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from parablock.cluster.config import ClusterConfig
 from parablock.server.config import ServeConfig
+from parablock.settings import require
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,5 @@ class Service:
                 f"api_keys={self.serve.api_keys!r} does not go with replicas, each of which would count a key's limits "
                 "alone; use PARABLOCK_API_KEY"
             )
+        keep = self.serve.keep_responses
+        require(keep == 0, "keep_responses", keep, "a replica does not know the others' responses; leave it out")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,19 +62,33 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messa
     return encode_rendered(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
 
 
-def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The ids of a text as the tokenizer begins one; special tokens that are spelled out are text, too."""
-    first, *rest = _cut(tokenizer, text).split(CUT)
-    ids: list[int] = list(tokenizer(first)["input_ids"])
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, begin: bool = True) -> list[int]:
+    """The ids of a text; special tokens that are spelled out are text, too.
+
+    `begin`: with the special tokens with which the tokenizer begins a text.
+    """
+    first, *rest = _cut(_spelled(tokenizer), text).split(CUT)
+    ids: list[int] = list(tokenizer(first, add_special_tokens=begin)["input_ids"])
     return ids + [i for piece in rest for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """A conversation as the template writes it, with a cut (`CUT`) inside every special token spelled out in it."""
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """A conversation as the template writes it, with a cut (`CUT`) inside every special token spelled out in it.
+
+    `tools`: functions as JSON schemas, for templates that know some.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template")
+    special = _spelled(tokenizer)
     text = tokenizer.apply_chat_template(
-        [{**m, "content": _cut(tokenizer, m["content"])} for m in messages],
+        _cut_all(special, messages),
+        tools=None if tools is None else _cut_all(special, tools),
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )
@@ -82,12 +96,26 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *,
     return text
 
 
-def _cut(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    """`text` with a cut inside every special token that is spelled out in it, so that none is read as one."""
+def _spelled(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
+    """Where a special token is spelled out."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     spelled = "|".join(re.escape(s) for s in sorted(special | set(tokenizer.all_special_tokens)) if len(s) > 1)
+    return re.compile(f"(?={spelled}).") if spelled else None
+
+
+def _cut(special: re.Pattern[str] | None, text: str) -> str:
+    """`text` with a cut inside every special token that is spelled out in it, so that none is read as one."""
     text = text.replace(CUT, "")
-    return re.sub(f"(?={spelled}).", rf"\g<0>{CUT}", text) if spelled else text
+    return special.sub(rf"\g<0>{CUT}", text) if special else text
+
+
+def _cut_all(special: re.Pattern[str] | None, value: Any) -> Any:
+    """The same for all texts in messages or tools."""
+    if isinstance(value, str):
+        return _cut(special, value)
+    if isinstance(value, Mapping):
+        return {_cut_all(special, key): _cut_all(special, entry) for key, entry in value.items()}
+    return [_cut_all(special, entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -7,6 +7,7 @@ import torch
 
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import as_rows, resolve
+from parablock.decoding.grammar import check_grammar
 from parablock.engine.config import EngineConfig
 from parablock.engine.request import Request
 from parablock.settings import Model
@@ -23,6 +24,7 @@ def resolve_request(model: Model, request: Request, block_size: int, max_context
     """
     prompt = list(request.prompt)
     config = resolve(model, as_rows([prompt]), request.config)
+    check_grammar(request.grammar, model.get_input_embeddings().weight.shape[0])
     if config.block_size not in (None, block_size):
         raise ValueError(
             f"block_size={config.block_size}, but this engine runs blocks of {block_size}; leave it out, or make "

@@ -45,11 +45,11 @@ class Batch:
         running = len(self.active)
         kept = None
         if handle.paused is None:
-            begin(rows, row, request.prompt, handle.config, request.sample)
+            begin(rows, row, request.prompt, handle.config, request.sample, request.grammar)
             rows.order_R[row] = self.admitted
         else:
             state, kept = handle.paused
-            rows.put_back(row, state)
+            rows.put_back(row, *state)
         prefill = int(rows.prefill_R[row])
         # a token that predicts the next one must run in any case
         reusable = (prefill - int(rows.masked_RC[row, prefill])) // D

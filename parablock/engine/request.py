@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.decoder import Window
+from parablock.decoding.grammar import CompiledGrammar
 from parablock.decoding.rows import DRAFTERS
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,14 @@ class Request:
     """One prompt (token ids) and how it is decoded.
 
     `stream`: make an `Update` after every step. `sample` tells answers to the same prompt and seed apart: it is the row
-    that `pb.generate` would give this prompt in a batch.
+    that `pb.generate` would give this prompt in a batch. `grammar`: what the answer may say (`pb.Grammars`).
     """
 
     prompt: Sequence[int]
     config: DecodeConfig = field(default_factory=DecodeConfig)
     stream: bool = False
     sample: int = 0
+    grammar: CompiledGrammar | None = None
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parablock.decoding.config import DecodeConfig
+from parablock.decoding.grammar import CompiledGrammar
 from parablock.decoding.rows import DRAFTERS
 from parablock.engine.request import Handle, QueueFullError, Request, Update
 from parablock.server.errors import ApiError, from_value_error
 from parablock.server.served import ServedModel
 from parablock.server.text import AnswerText
+from parablock.server.tool_reader import Event, Reader, Said
+from parablock.server.tools import ToolUse
 
 
 @dataclass
@@ -21,19 +24,33 @@ class Choice:
     index: int
     handle: Handle
     text: AnswerText
+    reader: Reader | None = None  # of tool calls
     tokens: int = 0  # settled so far
     forwards: int = 0
     drafted: Mapping[str, int] = field(default_factory=dict)  # by drafter, so far
     accepted: Mapping[str, int] = field(default_factory=dict)
     finish_reason: str | None = None
 
+    def read(self, text: str) -> list[Event]:
+        """Its next text as text and calls."""
+        if self.reader is None:
+            return [Said(text)] if text else []
+        events = self.reader.push(text, last=self.finish_reason is not None)
+        if self.reader.full and self.finish_reason is None:
+            self.finish_reason = "stop"
+            self.handle.cancel()
+        if self.reader.calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        return events
+
 
 @dataclass
 class Piece:
-    """What is new of one answer: text that may be shown, steps, and the reason if it ended."""
+    """What is new of one answer: text that may be shown, and what that says; steps; and the reason if it ended."""
 
     choice: Choice
     text: str
+    said: list[Event]
     updates: list[Update] = field(default_factory=list)
 
 
@@ -45,8 +62,10 @@ class Answers:
         prompts: one entry per answer, in the order of the choices.
         config: how all of them are decoded.
         stops: strings before which an answer ends.
+        grammar: what every answer is held to.
         stream: pieces are wanted as they come.
         deadline: seconds until the answers must be whole.
+        tools: what the answers may call.
 
     Raises:
         ApiError: settings the model cannot serve, no room for all answers, or an engine that has ended.
@@ -58,9 +77,11 @@ class Answers:
         prompts: Sequence[list[int]],
         config: DecodeConfig,
         stops: Sequence[str],
+        grammar: CompiledGrammar | None = None,
         *,
         stream: bool,
         deadline: float,
+        tools: ToolUse | None = None,
     ) -> None:
         self.served = served
         self.prompts = prompts
@@ -77,9 +98,12 @@ class Answers:
 
         try:
             for index, prompt in enumerate(prompts):
-                request = Request(prompt, config, stream=stream or bool(stops), sample=index)
+                watched = stream or bool(stops) or (tools is not None and tools.one)
+                request = Request(prompt, config, stream=watched, sample=index, grammar=grammar)
                 handle = served.engine.submit(request, listener)
-                self.choices.append(Choice(index, handle, AnswerText(served.tokenizer, stops)))
+                text = AnswerText(served.tokenizer, stops, served.tool_marks if tools else {})
+                reader = tools.reader(served.tool_format) if tools else None
+                self.choices.append(Choice(index, handle, text, reader))
         except QueueFullError:
             self.close()
             seconds = served.retry_after(len(prompts))
@@ -99,7 +123,7 @@ class Answers:
             self._changed.clear()
             for choice in unfinished:
                 piece = self._advance(choice)
-                if piece.text or piece.updates or choice.finish_reason is not None:
+                if piece.said or piece.updates or choice.finish_reason is not None:
                     yield piece
             if all(choice.finish_reason is not None for choice in self.choices):
                 break
@@ -132,7 +156,7 @@ class Answers:
             handle.cancel()
         elif done:
             choice.finish_reason = handle.finish_reason
-        return Piece(choice, text, updates)
+        return Piece(choice, text, choice.read(text), updates)
 
     def close(self) -> None:
         """Cancel what has not ended."""

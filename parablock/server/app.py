@@ -2,21 +2,22 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from jinja2.exceptions import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from parablock import __version__
-from parablock.data.chat import encode_prompt, encode_text
+from parablock.data.chat import encode_text
 from parablock.server.answers import Answers
 from parablock.server.bodies import Writer
 from parablock.server.config import ServeConfig
-from parablock.server.delivery import Delivery
+from parablock.server.conversation import beside, chat_prompt
+from parablock.server.delivery import AnswerWriter, Delivery
 from parablock.server.errors import (
     ApiError,
     ErrorBody,
@@ -30,12 +31,15 @@ from parablock.server.guards import Guard
 from parablock.server.keys import Key
 from parablock.server.metrics import Metrics
 from parablock.server.protocol import Body, ChatBody, CompletionBody
+from parablock.server.response_bodies import ResponseWriter
+from parablock.server.response_store import Kept, ResponseStore
+from parablock.server.responses import ResponseBody, kept_items, no_store
 from parablock.server.served import ServedModel
+from parablock.server.tokenizing import DetokenizeBody, Detokenized, TokenizeBody, Tokens, detokenize, tokenize
+from parablock.server.tool_grammars import compile_grammar
 
 if TYPE_CHECKING:
     from parablock.server.traces import Traces
-
-LONG = 20_000  # characters
 
 
 class State:
@@ -47,6 +51,7 @@ class State:
         self.config = config
         self.metrics = Metrics(served)
         self.traces: Traces | None = None
+        self.responses = ResponseStore(config.keep_responses)
         self.draining = False
         self.running = 0  # requests being answered
 
@@ -104,6 +109,7 @@ def endpoints(served: Sequence[ServedModel], config: ServeConfig) -> FastAPI:
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     _add_answers(app, state)
+    _add_responses(app, state)
     _add_views(app, state)
     return app
 
@@ -113,28 +119,70 @@ def _add_answers(app: FastAPI, state: State) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         served = state.pick(body.model)
         state.admit(served, body.choices())
-        messages = [message.plain() for message in body.messages]
-        length = sum(len(message["content"]) for message in messages)
-        try:
-            prompt = await _encode(encode_prompt, served.tokenizer, messages, length)
-        except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
-            raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
-        return _answer(state, served, body, request, [prompt], chat=True)
+        prompts = [await _chat_prompt(served, body)]
+        return await _answer(state, served, body, request, prompts, _chat_writer(body, chat=True))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         served = state.pick(body.model)
         state.admit(served, body.choices())
         prompts = [
-            await _encode(encode_text, served.tokenizer, prompt, len(prompt)) if isinstance(prompt, str) else prompt
+            await beside(encode_text, len(prompt), served.tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
-        return _answer(state, served, body, request, prompts, chat=False)
+        return await _answer(state, served, body, request, prompts, _chat_writer(body, chat=False))
 
 
-async def _encode(encode: Callable[[Any, Any], list[int]], tokenizer: Any, content: Any, length: int) -> list[int]:
-    """Token ids; a long text is tokenized beside the event loop."""
-    return encode(tokenizer, content) if length < LONG else await asyncio.to_thread(encode, tokenizer, content)
+async def _chat_prompt(served: ServedModel, body: ChatBody) -> list[int]:
+    """The ids of a chat, with the tools that the model may see."""
+    use = body.tool_use()
+    messages = [message.plain() for message in body.messages]
+    return await chat_prompt(served.tokenizer, served.tool_format, messages, use.shown if use else ())
+
+
+def _chat_writer(body: Body, *, chat: bool) -> Callable[[Answers, int], AnswerWriter]:
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return partial(Writer, chat=chat, usage=usage, denoising=bool(body.denoising))
+
+
+def _add_responses(app: FastAPI, state: State) -> None:
+    store = state.responses
+
+    def kept(known: str, param: str) -> Kept:
+        found = store.get(known)
+        if found is None:
+            message = f"there is no response {known[:100]!r}; it was not kept, or forgotten since"
+            raise ApiError(404, message, param, "response_not_found")
+        return found
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponseBody, request: Request) -> Response:
+        served = state.pick(body.model)
+        state.admit(served, 1)
+        if not store.most and (body.store or body.previous_response_id is not None):
+            raise no_store("store" if body.store else "previous_response_id")
+        if body.previous_response_id is not None:
+            before = kept_items(kept(body.previous_response_id, "previous_response_id").items)
+            body = body.model_copy(update={"input": [*before, *body.input]})
+        chat = body.chat()
+        items = [item.model_dump(exclude_none=True) for item in body.input]
+
+        def keep(response: dict[str, Any]) -> None:
+            store.keep(Kept(response, [*items, *response["output"]]))
+
+        keeps = keep if store.most and body.store is not False else None
+        prompts = [await _chat_prompt(served, chat)]
+        return await _answer(state, served, chat, request, prompts, partial(ResponseWriter, asked=body, keep=keeps))
+
+    @app.get("/v1/responses/{response_id}")
+    async def response(response_id: str) -> dict[str, Any]:
+        return kept(response_id, "response_id").response
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> dict[str, Any]:
+        kept(response_id, "response_id")
+        store.delete(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
 
 
 def _add_views(app: FastAPI, state: State) -> None:
@@ -145,6 +193,14 @@ def _add_views(app: FastAPI, state: State) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         return state.pick(name).card()
+
+    @app.post("/tokenize", response_model_exclude_none=True)
+    async def tokens(body: TokenizeBody) -> Tokens:
+        return await tokenize(state.pick(body.model), body)
+
+    @app.post("/detokenize")
+    async def text(body: DetokenizeBody) -> Detokenized:
+        return await detokenize(state.pick(body.model), body)
 
     @app.get("/health/live")
     async def live() -> Response:
@@ -168,8 +224,13 @@ def _stopped(state: State) -> Response | None:
     return JSONResponse({"status": f"the engine of {served.name} has stopped: {served.stopped}"}, 503)
 
 
-def _answer(
-    state: State, served: ServedModel, body: Body, request: Request, prompts: list[list[int]], *, chat: bool
+async def _answer(
+    state: State,
+    served: ServedModel,
+    body: Body,
+    request: Request,
+    prompts: list[list[int]],
+    write: Callable[[Answers, int], AnswerWriter],
 ) -> Response:
     """Decode `n` answers to every prompt, whole or as a stream."""
     try:
@@ -179,15 +240,25 @@ def _answer(
     context = served.engine.max_context
     if (longest := max(len(prompt) for prompt in prompts)) > context:
         message = f"a prompt of {longest} tokens exceeds the context of {context} tokens; shorten it"
-        raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
+        param = "messages" if isinstance(body, ChatBody) else "prompt"
+        raise ApiError(400, message, param, "context_length_exceeded")
+    grammar = await asyncio.to_thread(compile_grammar, served, body) if body.is_held() else None
     every = [prompt for prompt in prompts for _ in range(body.n or 1)]
     stream, line = bool(body.stream), request.state.log
     counted = sum(len(prompt) for prompt in prompts)
     if spending := request.scope["state"].get("spending"):
         spending.reserve(counted)
-    answers = Answers(served, every, config, body.stops(), stream=stream, deadline=state.config.deadline)
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    writer = Writer(answers, counted, chat=chat, usage=usage, denoising=bool(body.denoising))
+    answers = Answers(
+        served,
+        every,
+        config,
+        body.stops(),
+        grammar,
+        stream=stream,
+        deadline=state.config.deadline,
+        tools=body.tool_use(),
+    )
+    writer = write(answers, counted)
     line |= {"model": served.name, "stream": stream, "prompt_tokens": counted}
     state.running += 1
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from parablock.server.answers import Answers, Piece
 from parablock.server.errors import ApiError
+from parablock.server.spoken import Spoken
 from parablock.server.text import denoising
 
 DONE = "data: [DONE]\n\n"
@@ -27,15 +28,16 @@ class Writer:
         self._usage = usage
         self._denoising = denoising
         self._created = int(time.time())
+        self._spoken = [Spoken(answers.served.tool_format) for _ in answers.choices]
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one object."""
-        texts = [""] * len(self.answers.choices)
         async for piece in self.answers.pieces():
-            texts[piece.choice.index] += piece.text
+            for event in piece.said:
+                self._spoken[piece.choice.index].add(event)
         choices = []
-        for choice, text in zip(self.answers.choices, texts, strict=True):
-            content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        for choice, spoken in zip(self.answers.choices, self._spoken, strict=True):
+            content = {"message": spoken.message()} if self.chat else {"text": spoken.text}
             choices.append({"index": choice.index, **content, "logprobs": None, "finish_reason": choice.finish_reason})
         usage = self.answers.usage(self._prompt_tokens)
         return {**self._object(choices), "usage": usage, "parablock": self.answers.figures()}
@@ -74,15 +76,16 @@ class Writer:
                     self.answers.served.tokenizer, update, prompt, end, speculative=self.answers.speculative
                 )
                 events.append(self._event([self._part(choice.index, {})], denoising=step))
-        if piece.text:
-            events.append(self._event([self._part(choice.index, {"content": piece.text})]))
+        for said in piece.said:
+            if delta := self._spoken[choice.index].add(said):
+                events.append(self._event([self._part(choice.index, delta)]))
         if choice.finish_reason is not None:
             last = all(c.finish_reason is not None for c in self.answers.choices)
             figures = {"parablock": self.answers.figures()} if last else {}
             events.append(self._event([self._part(choice.index, {}, choice.finish_reason)], **figures))
         return events
 
-    def _part(self, index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def _part(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         content: dict[str, Any] = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
 

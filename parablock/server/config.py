@@ -22,6 +22,9 @@ class ServeConfig:
     otlp_endpoint: str | None = setting(
         None, help="A collector for OpenTelemetry's traces, http://HOST:4318. Default: no traces."
     )
+    keep_responses: int = setting(
+        0, help="Responses of /v1/responses that are kept in memory, so that later ones may follow them. Default: none."
+    )
     cors_origin: tuple[str, ...] | None = setting(
         None, help="Web pages of this origin may ask (repeatable). Default: none."
     )
@@ -38,7 +41,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "port", self.port, "use 1 to 65535, or 0 for any free one")
         require_at_least(self, 1, "max_rows", "max_body")
-        require_at_least(self, 0, "max_queue")
+        require_at_least(self, 0, "max_queue", "keep_responses")
         require(
             self.otlp_endpoint is None or self.otlp_endpoint.startswith(("http://", "https://")),
             "otlp_endpoint", self.otlp_endpoint, "use http://HOST:PORT",

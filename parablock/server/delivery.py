@@ -1,13 +1,13 @@
 """From answers to the client: whole or as a stream, until it is told or has gone away."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Protocol
 
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from parablock.server.bodies import Writer
+from parablock.server.answers import Answers
 from parablock.server.errors import ApiError
 
 READ_SECONDS = 30.0  # that a client has to read what is left of a stream when its deadline is over
@@ -17,10 +17,23 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
+class AnswerWriter(Protocol):
+    """Writes answers in the words of an endpoint. `failed`: a stream ended with an error."""
+
+    answers: Answers
+    failed: bool
+
+    async def whole(self) -> dict[str, Any]:
+        """All in one object."""
+
+    def events(self) -> AsyncIterator[str]:
+        """Server-sent events; an error ends them with one of its own."""
+
+
 class Delivery(Response):
     """The response to one request. However it ends, the answers are closed and `ended(outcome)` is called once."""
 
-    def __init__(self, writer: Writer, ended: Callable[[str], None], *, stream: bool) -> None:
+    def __init__(self, writer: AnswerWriter, ended: Callable[[str], None], *, stream: bool) -> None:
         super().__init__()
         self._writer = writer
         self._ended = ended

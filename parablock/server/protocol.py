@@ -2,9 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from parablock.decoding.config import DecodeConfig, Drafter, Mode, Strategy
+from parablock.server.strict import NoMedia, Strict, Text
+from parablock.server.structured import Structured
+from parablock.server.tools import ToolCall, ToolFields, ToolUse
 from parablock.settings import help_of
 
 LARGEST = 2**31 - 1
@@ -17,13 +20,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
+    "background": (False,),
+    "truncation": ("disabled",),
+    "include": ([],),
+    "reasoning": (),
+    "conversation": (),
+    "max_tool_calls": (),
 }
 DECODING = (
     "mode", "temperature", "top_p", "top_k", "seed", "threshold", "sub_block_size", "strategy", "factor",
@@ -31,28 +39,9 @@ DECODING = (
 )  # fmt: skip
 
 
-def _whole_characters(text: str) -> str:
-    """JSON can escape half a character, which is no text."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair is no text; send whole characters") from None
-    return text
-
-
 def _setting(name: str, **limits: Any) -> Any:
     """An optional field that is one of `DecodeConfig`'s, in its words."""
     return Field(None, description=help_of(DecodeConfig, name), **limits)
-
-
-Text = Annotated[str, AfterValidator(_whole_characters)]
-
-
-class Strict(BaseModel):
-    """Unknown fields and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TextPart(Strict):
@@ -65,18 +54,38 @@ class TextPart(Strict):
 class Message(Strict):
     """One turn of a chat. The fields of OpenAI's answers that hold nothing here may come back as null."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[Text | list[TextPart] | None, NoMedia] = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+    name: Text | None = None
     refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
 
-    def plain(self) -> dict[str, str]:
-        """As the chat template takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="after")
+    def _of_its_role(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls belong to messages of the assistant, not to one of role {self.role!r}")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; only an assistant's message with tool_calls needs none")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError(
+                "tool_call_id names the call that a message of role 'tool' answers, and belongs there alone"
+            )
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        parts = [] if self.content is None else self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class StreamOptions(Strict):
@@ -86,7 +95,7 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class Body(Strict):
+class Body(Structured):
     """What chats and completions have in common."""
 
     model: str | None = None
@@ -153,13 +162,21 @@ class Body(Strict):
         """The most tokens of an answer."""
         return self.max_tokens
 
+    def tool_use(self) -> ToolUse | None:
+        """What the answers may call."""
+        return None
+
+    def is_held(self) -> bool:
+        """Whether something may hold the answers to a grammar."""
+        return self.grammar() is not None or self.tool_use() is not None
+
     def decode_config(self) -> DecodeConfig:
         """The settings; what is left out has `DecodeConfig`'s default, so without a temperature decoding is greedy."""
         given = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
         return DecodeConfig(**given, max_new_tokens=self.longest())
 
 
-class ChatBody(Body):
+class ChatBody(ToolFields, Body):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)

@@ -1,6 +1,7 @@
 """The models of a server: each with its tokenizer and its own engine."""
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -8,11 +9,14 @@ from typing import Any
 
 from parablock.checkpoints.load import load
 from parablock.decoding.config import Drafter, Mode
+from parablock.decoding.grammar import Grammars
 from parablock.diffusion.gate import gate_of
 from parablock.diffusion.support import is_adapted
 from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
+from parablock.server.conversation import template_of
 from parablock.server.errors import ApiError, engine_stopped, shutting_down
+from parablock.server.tool_formats import format_of
 from parablock.settings import Model
 
 RECENT = 32  # answers whose time says how long the next ones take
@@ -25,6 +29,10 @@ class ServedModel:
     def __init__(self, name: str, model: Model, tokenizer: Any, config: EngineConfig) -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.tool_format = format_of(template_of(tokenizer))
+        marks = (self.tool_format.mark, self.tool_format.closer)
+        special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.tool_marks = {number: token for number, token in special.items() if token in marks}
         gate = gate_of(model)
         self.modes: tuple[Mode, ...] = ("autoregressive", "speculative")  # the first is the default
         if is_adapted(model.config):
@@ -35,7 +43,17 @@ class ServedModel:
         self.engine = Engine(model, config)
         self.engine.start()
         self.created = int(time.time())
+        self._grammars: Grammars | None = None
+        self._making = threading.Lock()
         self._recent: deque[float] = deque(maxlen=RECENT)  # seconds that the last answers were here
+
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles grammars for it; made when it is first needed, which takes a moment."""
+        with self._making:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer)
+            return self._grammars
 
     @property
     def stopped(self) -> str | None:

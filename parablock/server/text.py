@@ -1,6 +1,6 @@
 """Token ids as text while they arrive: whole characters only, and nothing that may turn out to be a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,26 @@ class Decoder:
     """Ids to text, piece by piece; all pieces together are the text of all ids.
 
     A tokenizer may write a token differently at the beginning of a text, so the last piece's ids are decoded once more
-    with every new one.
+    with every new one. `marks`: special tokens that are text, too; others are left out.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, marks: Mapping[int, str] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._marks = marks or {}
         self._ids: list[int] = []
         self._context = 0  # where the last piece begins ...
         self._told = 0  # ... and ends
 
     def push(self, ids: Sequence[int], *, last: bool = False) -> str:
         """The text that is certain now; `last`: all the rest."""
+        text, start = "", 0
+        for at, token in enumerate(ids):
+            if token in self._marks:
+                text += self._more(ids[start:at], last=True) + self._marks[token]
+                self._ids, self._context, self._told, start = [], 0, 0, at + 1
+        return text + self._more(ids[start:], last=last)
+
+    def _more(self, ids: Sequence[int], *, last: bool) -> str:
         self._ids += ids
         known = self._decode(self._ids[self._context : self._told])
         text = self._decode(self._ids[self._context :])
@@ -41,9 +50,9 @@ class Decoder:
 class AnswerText:
     """The visible text of an answer: it ends before the first stop string, wherever the tokens' borders are."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str], marks: Mapping[int, str] | None = None) -> None:
         self.stopped = False
-        self._decoder = Decoder(tokenizer)
+        self._decoder = Decoder(tokenizer, marks)
         self._stops = stops
         self._held = ""  # may be the beginning of a stop string
 
