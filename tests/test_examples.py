@@ -42,6 +42,7 @@ PAGES = {
     "evaluation.md": "accuracy",
     "getting_started.md": "forwards",
     "serving.md": "tokens per forward",
+    "structured_output.md": "{",
     "training.md": "loss",
 }
 # commands that answer in seconds, and what they must have printed; `chat` reads from its stdin

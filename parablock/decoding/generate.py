@@ -204,7 +204,7 @@ def as_rows(input_ids: Prompts) -> list[list[int]]:
 
 def each_grammar(model: Model, prompts: Sequence[Sequence[int]], grammar: Asked) -> Sequence[CompiledGrammar | None]:
     """One for each prompt; ValueError if there are not as many, or one is not for the model."""
-    each = [grammar] * len(prompts) if grammar is None or isinstance(grammar, CompiledGrammar) else [*grammar]
+    each = [*grammar] if isinstance(grammar, Sequence) else [grammar] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(
             f"there are {len(each)} grammars for {len(prompts)} prompts; pass one for all, or one for each"

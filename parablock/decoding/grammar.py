@@ -110,12 +110,12 @@ class Guide:
         self._never = self._stops if config.mask_token_id is None else self._stops | {config.mask_token_id}
         self.usable_W = self.vocabulary.known_W & ~self.vocabulary.packed([*self._never])
 
-    def follow(self, text: Sequence[int]) -> None:
+    def follow(self, text: np.ndarray) -> None:
         """The answer so far; the matcher reads what is new. A matcher that failed over drafts begins again."""
-        new = list(text[self.read :])
+        new = text[self.read :].tolist()
         if new and self.matcher.try_consume_tokens(new) < len(new):
             self.matcher = self._compiled.matcher.deep_copy()
-            self.matcher.try_consume_tokens(list(text))
+            self.matcher.try_consume_tokens(text.tolist())
         self.read = len(text)
 
     def allowed(self, tokens: Sequence[int]) -> int:

@@ -52,7 +52,7 @@ def _allowed(rows: Rows, row_m: np.ndarray, target_m: np.ndarray) -> tuple[np.nd
         row, target = row_m[begin], target_m[begin]
         guide = rows.guides[row]
         assert guide is not None
-        guide.follow(rows.ids_RC[row, rows.prompt_R[row] : target].tolist())
+        guide.follow(rows.ids_RC[row, rows.prompt_R[row] : target])
         guides.append(guide)
         if end - begin > 1:
             drafts = rows.ids_RC[row, target : target + end - begin - 1].tolist()
