@@ -254,12 +254,14 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
     if stops is None:
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = own.eos_token_id if eos is None else eos
-        stops = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        stops = () if eos is None or config.ignore_eos else (eos,) if isinstance(eos, int) else tuple(eos)
     seed = int(torch.randint(2**31, ()).item()) if config.seed is None else config.seed
-    return replace(
+    resolved = replace(
         config, mode=mode, max_new_tokens=max_new_tokens, block_size=block_size, mask_token_id=mask_token_id,
         stop_token_ids=stops, drafter=drafter, seed=seed,
     )  # fmt: skip
+    resolved.check_tokens(vocabulary)
+    return resolved
 
 
 def warn_of_block_size(own: int, asked: int | None) -> None:
