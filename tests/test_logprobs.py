@@ -50,7 +50,7 @@ def ask(engine: pb.Engine, ids: list[int], config: pb.DecodeConfig, **more: Any)
 def test_those_of_a_plain_forward(mode: Any, extra: dict[str, Any]) -> None:
     """Prompts longer than a chunk, too; the second time their beginnings are known."""
     for model in (MODEL, attach_gate(ar_model())):
-        with pb.Engine(model, replace(SMALL, kv_tokens=2000)) as engine:
+        with pb.Engine(model, replace(SMALL, kv_tokens=2000, block_size=D)) as engine:
             drafts = {"draft_tokens": 4} if mode == "speculative" else {}
             config = replace(BASE, mode=mode, **extra, **drafts)
             handles = [ask(engine, ids, config, prompt_logprobs=i % 2 == 1) for i, ids in enumerate(ROWS * 2)]
