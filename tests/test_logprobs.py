@@ -126,7 +126,7 @@ def test_streams_and_preemption(mode: str) -> None:
     model = MODEL if mode == "speculative" else ADAPTED
     known: Any = {"mode": "diffusion", "strategy": "verified"} if mode == "verified" else {"mode": mode}
     config: Any = replace(BASE, stop_token_ids=(), **known)
-    tight = pb.EngineConfig(max_rows=6, kv_tokens=96, max_context=64, prefill_chunk=8)
+    tight = pb.EngineConfig(max_rows=6, kv_tokens=96, max_context=64, prefill_chunk=8, block_size=D)
     with pb.Engine(model, pb.EngineConfig(max_rows=1, max_context=64)) as engine:
         alone = [ask(engine, ids, config, prompt_logprobs=True) for ids in ROWS]
         expected = [handle.result() for handle in alone]
