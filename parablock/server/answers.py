@@ -3,15 +3,29 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.rows import DRAFTERS
 from parablock.engine.request import Handle, QueueFullError, Request, Update
 from parablock.server.errors import ApiError, from_value_error
+from parablock.server.logprobs import Said, Saying
 from parablock.server.served import ServedModel
 from parablock.server.text import AnswerText
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told beside the answers.
+
+    `logprobs`: how many most probable tokens beside every token; None: no log-probabilities. `echo`: the prompts, texts
+    or ids, one per answer, which stand before the answers. `answers`: False, the prompts alone.
+    """
+
+    logprobs: int | None = None
+    echo: Sequence[str | list[int]] | None = None
+    answers: bool = True
 
 
 @dataclass
@@ -21,6 +35,10 @@ class Choice:
     index: int
     handle: Handle
     text: AnswerText
+    saying: Saying | None = None  # its tokens, where their log-probabilities are told
+    echo: str | None = None  # the prompt's text, until it is told
+    echoed: int = 0  # characters of it
+    shown: int = 0  # characters of the answer so far
     tokens: int = 0  # settled so far
     forwards: int = 0
     drafted: Mapping[str, int] = field(default_factory=dict)  # by drafter, so far
@@ -35,6 +53,7 @@ class Piece:
     choice: Choice
     text: str
     updates: list[Update] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)  # the tokens whose text begins in it
 
 
 class Answers:
@@ -45,6 +64,7 @@ class Answers:
         prompts: one entry per answer, in the order of the choices.
         config: how all of them are decoded.
         stops: strings before which an answer ends.
+        told: what is told beside them.
         stream: pieces are wanted as they come.
         deadline: seconds until the answers must be whole.
 
@@ -58,12 +78,14 @@ class Answers:
         prompts: Sequence[list[int]],
         config: DecodeConfig,
         stops: Sequence[str],
+        told: Told,
         *,
         stream: bool,
         deadline: float,
     ) -> None:
         self.served = served
         self.prompts = prompts
+        self.told = told
         self.started = time.perf_counter()
         self.seconds: float | None = None
         self.choices: list[Choice] = []
@@ -77,9 +99,18 @@ class Answers:
 
         try:
             for index, prompt in enumerate(prompts):
-                request = Request(prompt, config, stream=stream or bool(stops), sample=index)
+                request = Request(
+                    prompt, config, stream=stream or bool(stops), sample=index, logprobs=told.logprobs,
+                    prompt_logprobs=told.logprobs is not None and told.echo is not None,
+                )  # fmt: skip
                 handle = served.engine.submit(request, listener)
-                self.choices.append(Choice(index, handle, AnswerText(served.tokenizer, stops)))
+                saying = None if told.logprobs is None else Saying(served.tokenizer)
+                choice = Choice(index, handle, AnswerText(served.tokenizer, stops), saying)
+                self.choices.append(choice)
+                if told.echo is not None:
+                    given = told.echo[index]
+                    text = given if isinstance(given, str) else served.tokenizer.decode(given, skip_special_tokens=True)
+                    choice.echo, choice.echoed = text, len(text)
         except QueueFullError:
             self.close()
             seconds = served.retry_after(len(prompts))
@@ -120,9 +151,10 @@ class Answers:
             raise self.served.refusal() or ApiError(500, "decoding failed; try again", code="decoding_failed")
         updates = handle.take_updates()
         new = [token for update in updates for token in update.tokens]
+        told = [logprob for update in updates for logprob in update.logprobs]
         if done and not handle.request.stream:
-            new = handle.tokens
-        choice.tokens += len(new)
+            new, told = handle.tokens, handle.logprobs
+        choice.tokens += len(new) * self.told.answers
         states: list[Update | Handle] = [*updates, *([handle] if done else [])]
         for state in states:
             choice.forwards, choice.drafted, choice.accepted = state.forwards, state.drafted, state.accepted
@@ -132,7 +164,26 @@ class Answers:
             handle.cancel()
         elif done:
             choice.finish_reason = handle.finish_reason
-        return Piece(choice, text, updates)
+        piece = Piece(choice, text, updates)
+        if choice.saying is not None:
+            choice.saying.push(new, told)
+            choice.shown += len(text)
+            whole = choice.finish_reason is not None and not choice.text.stopped
+            piece.said = choice.saying.pop(None if whole else choice.shown)
+        return self._echoed(piece) if self.told.echo is not None and (new or done) else piece
+
+    def _echoed(self, piece: Piece) -> Piece:
+        """With the prompt before the answer's first piece."""
+        choice, said = piece.choice, []
+        if not self.told.answers:
+            piece.text, piece.said = "", []
+        if choice.echo is not None and choice.saying is not None:
+            saying = Saying(self.served.tokenizer)
+            saying.push(self.prompts[choice.index], choice.handle.prompt_logprobs)
+            said = saying.pop(None)
+        said += [replace(one, offset=one.offset + choice.echoed) for one in piece.said]
+        piece, choice.echo = Piece(choice, (choice.echo or "") + piece.text, piece.updates, said), None
+        return piece
 
     def close(self) -> None:
         """Cancel what has not ended."""

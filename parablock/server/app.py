@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from parablock import __version__
 from parablock.data.chat import encode_prompt, encode_text
-from parablock.server.answers import Answers
+from parablock.server.answers import Answers, Told
 from parablock.server.bodies import Writer
 from parablock.server.config import ServeConfig
 from parablock.server.delivery import Delivery
@@ -110,7 +110,7 @@ def _add_answers(app: FastAPI, state: State) -> None:
             prompt = await _encode(encode_prompt, served.tokenizer, messages, length)
         except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
             raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
-        return _answer(state, served, body, request, [prompt], chat=True)
+        return _answer(state, served, body, request, [prompt], Told(body.top()), chat=True)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -120,7 +120,9 @@ def _add_answers(app: FastAPI, state: State) -> None:
             await _encode(encode_text, served.tokenizer, prompt, len(prompt)) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
-        return _answer(state, served, body, request, prompts, chat=False)
+        echo = [prompt for prompt in body.prompts() for _ in range(body.n or 1)] if body.echo else None
+        told = Told(body.top(), echo, answers=body.max_tokens != 0)
+        return _answer(state, served, body, request, prompts, told, chat=False)
 
 
 async def _encode(encode: Callable[[Any, Any], list[int]], tokenizer: Any, content: Any, length: int) -> list[int]:
@@ -160,11 +162,11 @@ def _stopped(state: State) -> Response | None:
 
 
 def _answer(
-    state: State, served: ServedModel, body: Body, request: Request, prompts: list[list[int]], *, chat: bool
+    state: State, served: ServedModel, body: Body, request: Request, prompts: list[list[int]], told: Told, *, chat: bool
 ) -> Response:
     """Decode `n` answers to every prompt, whole or as a stream."""
     try:
-        config = body.decode_config()
+        config = body.decode_config(served.stop_token_ids)
     except ValueError as error:
         raise from_value_error(error) from None
     context = served.engine.max_context
@@ -173,7 +175,7 @@ def _answer(
         raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
     every = [prompt for prompt in prompts for _ in range(body.n or 1)]
     stream, line = bool(body.stream), request.state.log
-    answers = Answers(served, every, config, body.stops(), stream=stream, deadline=state.config.deadline)
+    answers = Answers(served, every, config, body.stops(), told, stream=stream, deadline=state.config.deadline)
     usage = body.stream_options is not None and body.stream_options.include_usage
     counted = sum(len(prompt) for prompt in prompts)
     writer = Writer(answers, counted, chat=chat, usage=usage, denoising=bool(body.denoising))

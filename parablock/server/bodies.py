@@ -8,6 +8,7 @@ from typing import Any
 
 from parablock.server.answers import Answers, Piece
 from parablock.server.errors import ApiError
+from parablock.server.logprobs import Said
 from parablock.server.text import denoising
 
 DONE = "data: [DONE]\n\n"
@@ -31,12 +32,17 @@ class Writer:
     async def whole(self) -> dict[str, Any]:
         """The answer in one object."""
         texts = [""] * len(self.answers.choices)
+        said: list[list[Said]] = [[] for _ in texts]
         async for piece in self.answers.pieces():
             texts[piece.choice.index] += piece.text
+            said[piece.choice.index] += piece.said
         choices = []
-        for choice, text in zip(self.answers.choices, texts, strict=True):
+        for choice, text, tokens in zip(self.answers.choices, texts, said, strict=True):
             content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append({"index": choice.index, **content, "logprobs": None, "finish_reason": choice.finish_reason})
+            logprobs = None if self.answers.told.logprobs is None else self._logprobs(tokens)
+            choices.append(
+                {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+            )
         usage = self.answers.usage(self._prompt_tokens)
         return {**self._object(choices), "usage": usage, "parablock": self.answers.figures()}
 
@@ -74,8 +80,10 @@ class Writer:
                     self.answers.served.tokenizer, update, prompt, end, speculative=self.answers.speculative
                 )
                 events.append(self._event([self._part(choice.index, {})], denoising=step))
-        if piece.text:
-            events.append(self._event([self._part(choice.index, {"content": piece.text})]))
+        if piece.text or piece.said:
+            part = self._part(choice.index, {"content": piece.text})
+            part["logprobs"] = self._logprobs(piece.said) if piece.said else None
+            events.append(self._event([part]))
         if choice.finish_reason is not None:
             last = all(c.finish_reason is not None for c in self.answers.choices)
             figures = {"parablock": self.answers.figures()} if last else {}
@@ -85,6 +93,10 @@ class Writer:
     def _part(self, index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
         content: dict[str, Any] = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+    def _logprobs(self, said: list[Said]) -> dict[str, Any]:
+        tokens = self.answers.served.tokens
+        return tokens.chat(said) if self.chat else tokens.completion(said)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         usage = {"usage": None} if self._usage else {}

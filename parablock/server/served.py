@@ -8,11 +8,13 @@ from typing import Any
 
 from parablock.checkpoints.load import load
 from parablock.decoding.config import Drafter, Mode
+from parablock.decoding.generate import own_stop_tokens
 from parablock.diffusion.gate import gate_of
 from parablock.diffusion.support import is_adapted
 from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
 from parablock.server.errors import ApiError, engine_stopped, shutting_down
+from parablock.server.logprobs import Tokens
 from parablock.settings import Model
 
 RECENT = 32  # answers whose time says how long the next ones take
@@ -25,6 +27,8 @@ class ServedModel:
     def __init__(self, name: str, model: Model, tokenizer: Any, config: EngineConfig) -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer)
+        self.stop_token_ids = own_stop_tokens(model)
         gate = gate_of(model)
         self.modes: tuple[Mode, ...] = ("autoregressive", "speculative")  # the first is the default
         if is_adapted(model.config):
