@@ -74,7 +74,8 @@ def _penalised(logits_mV: Tensor, rows: Rows, row_m: np.ndarray, text_m: np.ndar
         seen_mV = torch.zeros_like(logits_mV).scatter_add_(1, ids_mL, known_mL.float()) > 0
         changed_mV = torch.where(logits_mV > 0, logits_mV / repetition, logits_mV * repetition)
         logits_mV = torch.where(seen_mV, changed_mV, logits_mV)
-    return logits_mV - frequency * count_mV - presence * (count_mV > 0)
+    penalised_mV: Tensor = logits_mV - frequency * count_mV - presence * (count_mV > 0)
+    return penalised_mV
 
 
 def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:

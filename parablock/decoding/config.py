@@ -108,7 +108,7 @@ class DecodeConfig:
         for name in ("presence_penalty", "frequency_penalty"):
             require(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "use a value in [-2, 2]")
         penalty = self.repetition_penalty
-        require(0.01 <= penalty <= 100.0, "repetition_penalty", penalty, "use a value in [0.01, 100]; 1 changes nothing")
+        require(0.01 <= penalty <= 100.0, "repetition_penalty", penalty, "use a value in [0.01, 100]")
         if len(self.logit_bias) > MOST_BIASED:
             raise ValueError(f"logit_bias={len(self.logit_bias)} tokens are too many; name at most {MOST_BIASED}")
         for token, bias in self.logit_bias:
@@ -144,9 +144,9 @@ class DecodeConfig:
         for token, bias in self.logit_bias:
             remedy = f"name ids of the vocabulary of {vocabulary} tokens"
             require(0 <= token < vocabulary, "logit_bias", (token, bias), remedy)
-        possible = {*range(vocabulary)} - {*(self.stop_token_ids or ()), self.mask_token_id} if self.min_tokens else {0}
-        if not possible:
-            raise ValueError(f"min_tokens={self.min_tokens}, but every token is a stop token; name fewer stop_token_ids")
+        ending = {token for token in (*(self.stop_token_ids or ()), self.mask_token_id) if token in range(vocabulary)}
+        if self.min_tokens and len(ending) == vocabulary:
+            raise ValueError(f"min_tokens={self.min_tokens}, but every token is a stop token; name fewer of them")
 
     def check_sub_block(self, block_size: int) -> None:
         """ValueError unless `block_size` is a whole number of sub-blocks."""

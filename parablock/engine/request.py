@@ -30,9 +30,9 @@ class Request:
     `stream`: make an `Update` after every step. `sample` tells answers to the same prompt and seed apart: it is the row
     that `pb.generate` would give this prompt in a batch.
 
-    `logprobs`: tell every token's log-probability, and those of so many most probable tokens there [0, 20], as the model
-    itself gives them (see `decoding/logprobs.py`). `prompt_logprobs`: the same of the prompt's tokens, which are then
-    all run, and in block diffusion take a forward each.
+    `logprobs`: tell every token's log-probability, and those of so many most probable tokens there [0, 20], as the
+    model itself gives them (see `decoding/logprobs.py`). `prompt_logprobs`: the same of the prompt's tokens, which are
+    then all run, and in block diffusion take a forward each.
     """
 
     prompt: Sequence[int]

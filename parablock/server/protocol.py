@@ -49,7 +49,7 @@ def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     """JSON's keys are texts."""
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise ValueError(f"{key[:50]!r} is no token id; write whole numbers, as in {{\"42\": -5}}")
+            raise ValueError(f'{key[:50]!r} is no token id; write whole numbers, as in {{"42": -5}}')
     return bias
 
 
