@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from parablock.checkpoints.save import save
     from parablock.decoding.config import DecodeConfig
     from parablock.decoding.generate import GenerateOutput, Step, generate, stream
+    from parablock.decoding.grammar import CompiledGrammar, Grammar, Grammars
     from parablock.decoding.transformers_generate import custom_generate
     from parablock.diffusion.drafting import draft_loss
     from parablock.diffusion.noise import sample_noise
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CompiledGrammar": "decoding.grammar",
     "DecodeConfig": "decoding.config",
     "Engine": "engine.engine",
     "EngineConfig": "engine.config",
     "GenerateOutput": "decoding.generate",
+    "Grammar": "decoding.grammar",
+    "Grammars": "decoding.grammar",
     "Handle": "engine.request",
     "Request": "engine.request",
     "Step": "decoding.generate",
@@ -50,10 +54,13 @@ _HOME = {
 }
 
 __all__ = [
+    "CompiledGrammar",
     "DecodeConfig",
     "Engine",
     "EngineConfig",
     "GenerateOutput",
+    "Grammar",
+    "Grammars",
     "Handle",
     "Request",
     "Step",

@@ -284,7 +284,7 @@ def serve(
 ) -> None:
     """Serve models over OpenAI's HTTP interface; the key, if there is one, is in PARABLOCK_API_KEY."""
     config, replicas = ServeConfig(**given), ClusterConfig(**cluster)
-    for library in ("uvicorn", "fastapi", "prometheus_client"):
+    for library in ("uvicorn", "fastapi", "prometheus_client", "llguidance"):
         require_library(library, "serve")
     names = [name or default_model() for name in (model, *(also or []))]
     key = os.environ.get("PARABLOCK_API_KEY") or None

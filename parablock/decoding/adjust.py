@@ -20,7 +20,7 @@ def adjusted(logits_MV: Tensor, rows: Rows, works: list[Work]) -> Tensor:
     - `logit_bias` is added;
     - `repetition_penalty`: of tokens in prompt or text, positive logits are divided by it, others multiplied;
     - `frequency_penalty`, as often as a token stands in the answer's text, and `presence_penalty` are subtracted;
-    - before `min_tokens` tokens, stop tokens are impossible.
+    - before `min_tokens` tokens, stop tokens are impossible, unless a grammar allows nothing else.
     """
     row_M = join([work.row_m for work in works])
     which = rows.adjusts_R[row_M].nonzero()[0]
@@ -43,7 +43,9 @@ def adjusted(logits_MV: Tensor, rows: Rows, works: list[Work]) -> Tensor:
         stops_mK = rows.stops_RK[row_m]
         m, k = ((stops_mK >= 0) & (stops_mK < logits_mV.shape[1]) & early_m[:, None]).nonzero()
         at, token = _sent(np.stack([m, stops_mK[m, k]]), logits_mV.device)
-        logits_mV[at, token] = -torch.inf
+        later_mV = logits_mV.index_put((at, token), logits_mV.new_tensor(-torch.inf))
+        possible_m1 = later_mV.amax(1, keepdim=True) > -torch.inf
+        logits_mV = torch.where(possible_m1, later_mV, logits_mV)
     if index is None:
         return logits_mV
     return logits_MV.index_copy_(0, index, logits_mV)

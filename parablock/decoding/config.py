@@ -140,13 +140,10 @@ class DecodeConfig:
                 )
 
     def check_tokens(self, vocabulary: int) -> None:
-        """ValueError if a bias belongs to no token, or if no token at all may begin the answer."""
+        """ValueError if a bias belongs to no token."""
         for token, bias in self.logit_bias:
             remedy = f"name ids of the vocabulary of {vocabulary} tokens"
             require(0 <= token < vocabulary, "logit_bias", (token, bias), remedy)
-        ending = {token for token in (*(self.stop_token_ids or ()), self.mask_token_id) if token in range(vocabulary)}
-        if self.min_tokens and len(ending) == vocabulary:
-            raise ValueError(f"min_tokens={self.min_tokens}, but every token is a stop token; name fewer of them")
 
     def check_sub_block(self, block_size: int) -> None:
         """ValueError unless `block_size` is a whole number of sub-blocks."""

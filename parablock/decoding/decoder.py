@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parablock.decoding.config import DecodeConfig
+from parablock.decoding.grammar import CompiledGrammar
 from parablock.decoding.modes.autoregressive import AUTOREGRESSIVE
 from parablock.decoding.modes.block_diffusion import BLOCK_DIFFUSION
 from parablock.decoding.modes.speculative import SPECULATIVE
@@ -24,12 +25,17 @@ MODES = {
 NUMBERS = {name: number for number, name in enumerate(MODES)}
 
 
-def begin(rows: Rows, row: int, prompt: Sequence[int] | np.ndarray, config: DecodeConfig, sample: int = 0) -> None:
-    """A request begins in `row` (see `Rows.begin`)."""
+def begin(
+    rows: Rows, row: int, prompt: Sequence[int] | np.ndarray, config: DecodeConfig, sample: int = 0,
+    grammar: CompiledGrammar | None = None,
+) -> None:  # fmt: skip
+    """A request begins in `row` (see `Rows.begin`), its answer held to a grammar if there is one."""
     assert config.mode is not None
     name = "verified" if config.verified else config.mode
     grain = 1 if MODES[name].causal else rows.block_size
     rows.begin(row, prompt, config, sample, NUMBERS[name], grain)
+    if grammar is not None:
+        rows.guide(row, grammar.begin(config))
 
 
 def next_work(rows: Rows, which: np.ndarray, beside: int = 0) -> list[Work]:

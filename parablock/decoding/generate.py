@@ -13,6 +13,7 @@ from torch import Tensor
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.decoder import Before, Window, before, begin, next_work, window
 from parablock.decoding.dense import Dense
+from parablock.decoding.grammar import CompiledGrammar, check_grammar
 from parablock.decoding.proposals import propose_tokens
 from parablock.decoding.rows import Rows, by_drafter
 from parablock.decoding.threads import Threads
@@ -25,6 +26,7 @@ DEFAULT_NEW_TOKENS = 512
 DEFAULT_BLOCK_SIZE = 32  # of what is shown, where neither the model nor the caller names one
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
+Asked = CompiledGrammar | Sequence[CompiledGrammar | None] | None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ class Step(Window):
         return draft
 
 
-def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> GenerateOutput:
+def generate(
+    model: Model, input_ids: Prompts, config: DecodeConfig | None = None, *, grammar: Asked = None
+) -> GenerateOutput:
     """Decode one or many prompts to the end.
 
     Args:
@@ -107,13 +111,15 @@ def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = Non
             `config` names `block_size` and `mask_token_id`.
         input_ids: `[B, L]` or `[L]` ids, or a list of rows of any lengths.
         config: how to decode; see `DecodeConfig`.
+        grammar: what the answers may say (`pb.Grammars`): one grammar for all prompts, or a list with one (or None) for
+            each.
 
     Raises:
         ValueError: an empty prompt, one that does not fit the model's context, or settings the model cannot serve.
     """
     started = time.perf_counter()
     prompts = as_rows(input_ids)
-    rows, steps = _decode(model, prompts, resolve(model, prompts, config or DecodeConfig()))
+    rows, steps = _decode(model, prompts, resolve(model, prompts, config or DecodeConfig()), grammar)
     forwards = sum(1 for _ in steps)
     return GenerateOutput(
         tokens=[rows.tokens(row) for row in range(len(prompts))],
@@ -127,10 +133,12 @@ def generate(model: Model, input_ids: Prompts, config: DecodeConfig | None = Non
     )
 
 
-def stream(model: Model, input_ids: Prompts, config: DecodeConfig | None = None) -> Iterator[Step]:
+def stream(
+    model: Model, input_ids: Prompts, config: DecodeConfig | None = None, *, grammar: Asked = None
+) -> Iterator[Step]:
     """Decode like `generate`, but yield every forward as a `Step` (for live display). Errors are raised at once."""
     prompts = as_rows(input_ids)
-    rows, steps = _decode(model, prompts, resolve(model, prompts, config or DecodeConfig()), watched=True)
+    rows, steps = _decode(model, prompts, resolve(model, prompts, config or DecodeConfig()), grammar, watched=True)
     return (_step(rows, settled, stood) for settled, stood in steps if stood)
 
 
@@ -143,7 +151,7 @@ def _step(rows: Rows, settled: Settled, stood: Before) -> Step:
 
 
 def _decode(
-    model: Model, prompts: list[list[int]], config: DecodeConfig, *, watched: bool = False
+    model: Model, prompts: list[list[int]], config: DecodeConfig, grammar: Asked, *, watched: bool = False
 ) -> tuple[Rows, Iterator[tuple[Settled, Before | None]]]:
     """All prompts in one batch, `config` with nothing left open: their rows, and what every forward settles.
 
@@ -157,8 +165,8 @@ def _decode(
         capacity += D  # for the K/V of masks
     rows = Rows(len(prompts), capacity, D, gate)
     rows.pace.padded = len(prompts)
-    for row, prompt in enumerate(prompts):
-        begin(rows, row, prompt, config, sample=row)
+    for row, (prompt, its_grammar) in enumerate(zip(prompts, each_grammar(model, prompts, grammar), strict=True)):
+        begin(rows, row, prompt, config, row, its_grammar)
     return rows, _forwards(Dense(model, len(prompts), capacity), rows, watched)
 
 
@@ -192,6 +200,18 @@ def as_rows(input_ids: Prompts) -> list[list[int]]:
         if not prompt:
             raise ValueError(f"prompt {number} is empty; it needs at least one token")
     return prompts
+
+
+def each_grammar(model: Model, prompts: Sequence[Sequence[int]], grammar: Asked) -> Sequence[CompiledGrammar | None]:
+    """One for each prompt; ValueError if there are not as many, or one is not for the model."""
+    each = [grammar] * len(prompts) if grammar is None or isinstance(grammar, CompiledGrammar) else [*grammar]
+    if len(each) != len(prompts):
+        raise ValueError(
+            f"there are {len(each)} grammars for {len(prompts)} prompts; pass one for all, or one for each"
+        )
+    for one in each:
+        check_grammar(one, model.get_input_embeddings().weight.shape[0])
+    return each
 
 
 def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> DecodeConfig:

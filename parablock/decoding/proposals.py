@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parablock.decoding.adjust import adjusted
+from parablock.decoding.guides import restrict
 from parablock.decoding.rows import Rows
 from parablock.decoding.unmasking import propose, uniform
 from parablock.decoding.work import Work, join
@@ -18,6 +19,8 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
     row_M = join([work.row_m for work in works])
     if not len(row_M):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    if rows.guided_R.any():
+        restrict(logits_MV, rows, works)
     device = logits_MV.device
     settings_M = rows.settings_R[row_M]
     mask_token_M = settings_M["mask_token_id"]

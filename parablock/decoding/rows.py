@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 
 from parablock.decoding.config import DecodeConfig, Strategy
+from parablock.decoding.grammar import Guide
 from parablock.decoding.pace import Pace
 from parablock.diffusion.config import MOST_MASKS
 from parablock.diffusion.gate import Gate
@@ -79,6 +80,10 @@ class Rows:
         self.top_R = np.full(rows, -1, dtype=whole)
         self.scored_R = np.zeros(rows, dtype=whole)  # the next position of the prompt to be predicted; FAR: none
         self.settings_R = np.zeros(rows, dtype=SETTINGS)  # named like the fields of `DecodeConfig`
+        self.guides: list[Guide | None] = [None] * rows  # where a row stands in its grammar
+        self.guided_R = np.zeros(rows, dtype=flag)  # it has one
+        self.wall_R = np.full(rows, FAR, dtype=whole)  # nothing may stand there; FAR: nobody knows of such a place
+        self.whole_R = np.zeros(rows, dtype=flag)  # what stands before the wall is a whole answer
         self.pace = Pace()
 
     def begin(
@@ -122,7 +127,18 @@ class Rows:
             self.masks_R[row] = config.sub_block_size
         self.written_R[row] = False
         self.stop_R[row] = FAR
+        self.guides[row], self.guided_R[row] = None, False
         self.active_R[row] = True
+
+    def guide(self, row: int, guide: Guide) -> None:
+        """A grammar holds for the row's answer, from the beginning on.
+
+        Raises:
+            ValueError: another tokenizer than that of the grammars before.
+        """
+        if any(other is not None and other.vocabulary.words != guide.vocabulary.words for other in self.guides):
+            raise ValueError("the grammar was compiled for another tokenizer than those before; use the model's own")
+        self.guides[row], self.guided_R[row], self.wall_R[row] = guide, True, FAR
 
     def _begin_drafting(self, row: int, config: DecodeConfig) -> None:
         most = min(config.draft_tokens or MOST_DRAFTS, self.block_size - 1)
@@ -135,17 +151,18 @@ class Rows:
             self.ahead_R[row] = self.block_size - 1
             self.hope_RK[row] = self.pace.hope
 
-    def take_out(self, row: int) -> dict[str, np.ndarray]:
+    def take_out(self, row: int) -> tuple[dict[str, np.ndarray], Guide | None]:
         """The row is free; what it held, for `put_back`."""
         saved = {name: array[row].copy() for name, array in vars(self).items() if isinstance(array, np.ndarray)}
         self.active_R[row] = False
-        return saved
+        return saved, self.guides[row]
 
-    def put_back(self, row: int, saved: dict[str, np.ndarray]) -> None:
+    def put_back(self, row: int, saved: dict[str, np.ndarray], guide: Guide | None) -> None:
         """What was taken out goes on in `row`; the tokens that had final K/V are prefilled again."""
         self.stops_RK[row] = self.biased_RK[row] = -1  # there may be room for more by now
         for name, value in saved.items():
             getattr(self, name)[row, ... if value.ndim == 0 else slice(len(value))] = value
+        self.guides[row] = guide
         self.prefill_R[row] = np.maximum(self.start_R[row], self.prefill_R[row])
         self.start_R[row] = 0
 
@@ -174,6 +191,20 @@ class Rows:
         stops_m = self.stopping(rows_m, tokens_m)
         if stops_m.any():
             np.minimum.at(self.stop_R, rows_m[stops_m], positions_m[stops_m])
+
+    def end_at_walls(self, rows_M: np.ndarray, positions_M: np.ndarray, chosen_M: np.ndarray) -> np.ndarray:
+        """What was revealed at walls and behind is masked again, and its answers end; which reveals remain `[M]`."""
+        gone_M: np.ndarray = chosen_M & (positions_M >= np.where(self.guided_R, self.wall_R, FAR)[rows_M])
+        if gone_M.any():
+            rows_m, at_m = rows_M[gone_M], positions_M[gone_M]
+            self.masked_RC[rows_m, at_m] = True
+            self.ids_RC[rows_m, at_m] = np.maximum(self.settings_R["mask_token_id"][rows_m], 0)
+            wall_m = self.wall_R[rows_m]
+            self.start_R[rows_m] = np.minimum(self.start_R[rows_m], wall_m)
+            self.stop_R[rows_m] = np.where(self.whole_R[rows_m], wall_m - 1, FAR)  # the last token ends it ...
+            self.end_R[rows_m] = np.where(self.whole_R[rows_m], self.end_R[rows_m], wall_m)  # ... or it is cut
+        left_M: np.ndarray = chosen_M & ~gone_M
+        return left_M
 
     def measure(self, rows_n: np.ndarray) -> np.ndarray:
         """Update the lengths of `rows_n`; which of them hold a whole response `[n]`.

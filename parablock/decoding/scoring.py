@@ -2,7 +2,8 @@
 
 Causally, a prefill's queries predict the tokens behind them. In block diffusion token i is predicted from all tokens
 before it, with the rest of its block masked (`evals/likelihood.py` has the same definition, for many texts at once): a
-forward for every token, a block's first one from the clean block before it.
+forward for every token, a block's first one from the clean block before it. No text of an answer stands before these
+predictions (`text_m` is 0): neither penalties nor grammars mean them.
 
 Shapes: n rows, m predictions, D block size.
 """
@@ -32,7 +33,7 @@ def score(rows: Rows, which: np.ndarray) -> Work:
     placed = Placed(ids_nD.ravel(), position_nD.ravel(), limit_q, 0 * limit_q, 0 * limit_q)
     return Work(
         which, start_n, np.full_like(which, D), np.full_like(which, D), D * full_n, number_n, target_n - 1 - start_n,
-        target_n, 0 * target_n, target_n, settle, decoding=False, placed=placed,
+        target_n, 0 * target_n, 0 * target_n, settle, decoding=False, placed=placed,
     )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def also_score(rows: Rows, work: Work) -> Work:
     piece_m, target_m = piece_m[order_m], target_m[order_m]
     return replace(
         work, piece_m=piece_m, query_m=target_m - 1 - first_n[piece_m], target_m=target_m, draw_m=0 * piece_m,
-        text_m=target_m, settle=settle,
+        text_m=target_m * (target_m >= rows.prompt_R[work.rows_n[piece_m]]), settle=settle,
     )  # fmt: skip
 
 

@@ -127,8 +127,11 @@ def settle(rows: Rows, works: list[Work], tokens_M: np.ndarray, confidence_M: np
         if work.decoding:
             rows.forwards_R[work.rows_n] += 1
         at = mine.stop
+    chosen_M = join(chosen)
+    if rows.guided_R.any():
+        chosen_M = rows.end_at_walls(row_M, target_M, chosen_M)
     done_K = rows.measure(rows_K)
-    return Settled(rows_K, before_K, done_K, row_M, target_M, join(chosen), confidence_M)
+    return Settled(rows_K, before_K, done_K, row_M, target_M, chosen_M, confidence_M)
 
 
 def join(arrays: list[np.ndarray]) -> np.ndarray:

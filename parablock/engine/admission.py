@@ -7,6 +7,7 @@ import torch
 
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import as_rows, resolve
+from parablock.decoding.grammar import check_grammar
 from parablock.decoding.logprobs import MOST_TOP
 from parablock.engine.config import EngineConfig
 from parablock.engine.request import Request
@@ -27,6 +28,7 @@ def resolve_request(model: Model, request: Request, block_size: int, max_context
     if request.prompt_logprobs and most is None:
         raise ValueError("prompt_logprobs=True needs a number of logprobs; use logprobs=0 for the tokens' own alone")
     config = resolve(model, as_rows([prompt]), request.config)
+    check_grammar(request.grammar, model.get_input_embeddings().weight.shape[0])
     if config.block_size not in (None, block_size):
         raise ValueError(
             f"block_size={config.block_size}, but this engine runs blocks of {block_size}; leave it out, or make "

@@ -43,13 +43,13 @@ class Batch:
         running = len(self.active)
         kept = None
         if handle.paused is None:
-            begin(rows, row, request.prompt, handle.config, request.sample)
+            begin(rows, row, request.prompt, handle.config, request.sample, request.grammar)
             rows.order_R[row] = self.admitted
             rows.top_R[row] = -1 if request.logprobs is None else request.logprobs
             rows.scored_R[row] = 1 if request.prompt_logprobs else FAR
         else:
             state, kept = handle.paused
-            rows.put_back(row, state)
+            rows.put_back(row, *state)
         scores = rows.scored_R[row] < rows.prompt_R[row]
         if scores:  # the prompt is predicted from its first token on, and all of it is run
             rows.scored_R[row] = 1

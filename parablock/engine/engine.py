@@ -17,7 +17,15 @@ import torch
 
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.decoder import Before, before, window
-from parablock.decoding.generate import DEFAULT_BLOCK_SIZE, GenerateOutput, Prompts, as_rows, resolve
+from parablock.decoding.generate import (
+    DEFAULT_BLOCK_SIZE,
+    Asked,
+    GenerateOutput,
+    Prompts,
+    as_rows,
+    each_grammar,
+    resolve,
+)
 from parablock.decoding.logprobs import TokenLogprob
 from parablock.decoding.rows import DRAFTERS, by_drafter
 from parablock.decoding.work import Settled, settle
@@ -123,7 +131,9 @@ class Engine:
             handle._cancelled = True
             self._changed.notify_all()
 
-    def generate(self, input_ids: Prompts, config: DecodeConfig | None = None) -> GenerateOutput:
+    def generate(
+        self, input_ids: Prompts, config: DecodeConfig | None = None, *, grammar: Asked = None
+    ) -> GenerateOutput:
         """Decode one or many prompts to the end, as `pb.generate` does; `forwards` counts the engine's own steps."""
         started, steps = time.perf_counter(), self.steps
         config = config or DecodeConfig()
@@ -131,8 +141,9 @@ class Engine:
             config = replace(config, seed=int(torch.randint(2**31, ()).item()))
         handles: list[Handle] = []
         try:
-            for row, prompt in enumerate(as_rows(input_ids)):
-                handles.append(self.submit(Request(prompt, config, sample=row)))
+            prompts = as_rows(input_ids)
+            for row, each in enumerate(zip(prompts, each_grammar(self.model, prompts, grammar), strict=True)):
+                handles.append(self.submit(Request(each[0], config, sample=row, grammar=each[1])))
             tokens = [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.decoder import Window
+from parablock.decoding.grammar import CompiledGrammar
 from parablock.decoding.logprobs import TokenLogprob
 from parablock.decoding.rows import DRAFTERS
 
@@ -28,7 +29,7 @@ class Request:
     """One prompt (token ids) and how it is decoded.
 
     `stream`: make an `Update` after every step. `sample` tells answers to the same prompt and seed apart: it is the row
-    that `pb.generate` would give this prompt in a batch.
+    that `pb.generate` would give this prompt in a batch. `grammar`: what the answer may say (`pb.Grammars`).
 
     `logprobs`: tell every token's log-probability, and those of so many most probable tokens there [0, 20], as the
     model itself gives them (see `decoding/logprobs.py`). `prompt_logprobs`: the same of the prompt's tokens, which are
@@ -39,6 +40,7 @@ class Request:
     config: DecodeConfig = field(default_factory=DecodeConfig)
     stream: bool = False
     sample: int = 0
+    grammar: CompiledGrammar | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
 

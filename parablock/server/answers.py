@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parablock.decoding.config import DecodeConfig
+from parablock.decoding.grammar import CompiledGrammar
 from parablock.decoding.rows import DRAFTERS
 from parablock.engine.request import Handle, QueueFullError, Request, Update
 from parablock.server.errors import ApiError, from_value_error
@@ -65,6 +66,7 @@ class Answers:
         config: how all of them are decoded.
         stops: strings before which an answer ends.
         told: what is told beside them.
+        grammar: what every answer is held to.
         stream: pieces are wanted as they come.
         deadline: seconds until the answers must be whole.
 
@@ -79,6 +81,7 @@ class Answers:
         config: DecodeConfig,
         stops: Sequence[str],
         told: Told,
+        grammar: CompiledGrammar | None = None,
         *,
         stream: bool,
         deadline: float,
@@ -100,8 +103,8 @@ class Answers:
         try:
             for index, prompt in enumerate(prompts):
                 request = Request(
-                    prompt, config, stream=stream or bool(stops), sample=index, logprobs=told.logprobs,
-                    prompt_logprobs=told.logprobs is not None and told.echo is not None,
+                    prompt, config, stream=stream or bool(stops), sample=index, grammar=grammar,
+                    logprobs=told.logprobs, prompt_logprobs=told.logprobs is not None and told.echo is not None,
                 )  # fmt: skip
                 handle = served.engine.submit(request, listener)
                 saying = None if told.logprobs is None else Saying(served.tokenizer)

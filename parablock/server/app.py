@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from parablock import __version__
 from parablock.data.chat import encode_prompt, encode_text
+from parablock.decoding.grammar import CompiledGrammar
 from parablock.server.answers import Answers, Told
 from parablock.server.bodies import Writer
 from parablock.server.config import ServeConfig
@@ -110,7 +111,8 @@ def _add_answers(app: FastAPI, state: State) -> None:
             prompt = await _encode(encode_prompt, served.tokenizer, messages, length)
         except (ValueError, TypeError, LookupError, TemplateError) as error:  # roles that do not alternate, say
             raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
-        return _answer(state, served, body, request, [prompt], Told(body.top()), chat=True)
+        grammar = await _compile(served, body)
+        return _answer(state, served, body, request, [prompt], Told(body.top()), grammar, chat=True)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -122,12 +124,24 @@ def _add_answers(app: FastAPI, state: State) -> None:
         ]
         echo = [prompt for prompt in body.prompts() for _ in range(body.n or 1)] if body.echo else None
         told = Told(body.top(), echo, answers=body.max_tokens != 0)
-        return _answer(state, served, body, request, prompts, told, chat=False)
+        grammar = await _compile(served, body)
+        return _answer(state, served, body, request, prompts, told, grammar, chat=False)
 
 
 async def _encode(encode: Callable[[Any, Any], list[int]], tokenizer: Any, content: Any, length: int) -> list[int]:
     """Token ids; a long text is tokenized beside the event loop."""
     return encode(tokenizer, content) if length < LONG else await asyncio.to_thread(encode, tokenizer, content)
+
+
+async def _compile(served: ServedModel, body: Body) -> CompiledGrammar | None:
+    """What the answers are held to, compiled beside the event loop."""
+    if (grammar := body.grammar()) is None:
+        return None
+    try:
+        return await asyncio.to_thread(served.grammars.compile, grammar)
+    except ValueError as error:
+        field = body.grammar_field()
+        raise ApiError(400, f"{field}: {error}", field, "invalid_grammar") from None
 
 
 def _add_views(app: FastAPI, state: State) -> None:
@@ -162,8 +176,9 @@ def _stopped(state: State) -> Response | None:
 
 
 def _answer(
-    state: State, served: ServedModel, body: Body, request: Request, prompts: list[list[int]], told: Told, *, chat: bool
-) -> Response:
+    state: State, served: ServedModel, body: Body, request: Request, prompts: list[list[int]], told: Told,
+    grammar: CompiledGrammar | None, *, chat: bool,
+) -> Response:  # fmt: skip
     """Decode `n` answers to every prompt, whole or as a stream."""
     try:
         config = body.decode_config(served.stop_token_ids)
@@ -175,7 +190,9 @@ def _answer(
         raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
     every = [prompt for prompt in prompts for _ in range(body.n or 1)]
     stream, line = bool(body.stream), request.state.log
-    answers = Answers(served, every, config, body.stops(), told, stream=stream, deadline=state.config.deadline)
+    answers = Answers(
+        served, every, config, body.stops(), told, grammar, stream=stream, deadline=state.config.deadline
+    )  # fmt: skip
     usage = body.stream_options is not None and body.stream_options.include_usage
     counted = sum(len(prompt) for prompt in prompts)
     writer = Writer(answers, counted, chat=chat, usage=usage, denoising=bool(body.denoising))

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from parablock.decoding.config import MOST_BIASED, DecodeConfig, Drafter, Mode, Strategy
 from parablock.decoding.logprobs import MOST_TOP
+from parablock.server.structured import Strict, Structured, Text
 from parablock.settings import help_of
 
 LARGEST = 2**31 - 1
@@ -15,7 +16,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
@@ -28,16 +28,6 @@ DECODING = (
     "tokens_per_step", "sub_block_cache", "drafter", "draft_tokens", "draft_threshold", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens",
 )  # fmt: skip
-
-
-def _whole_characters(text: str) -> str:
-    """JSON can escape half a character, which is no text."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair is no text; send whole characters") from None
-    return text
 
 
 def _setting(name: str, **limits: Any) -> Any:
@@ -53,14 +43,7 @@ def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     return bias
 
 
-Text = Annotated[str, AfterValidator(_whole_characters)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST)]
-
-
-class Strict(BaseModel):
-    """Unknown fields and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TextPart(Strict):
@@ -94,7 +77,7 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class Body(Strict):
+class Body(Structured):
     """What chats and completions have in common."""
 
     model: str | None = None

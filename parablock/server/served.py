@@ -1,6 +1,7 @@
 """The models of a server: each with its tokenizer and its own engine."""
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 from parablock.checkpoints.load import load
 from parablock.decoding.config import Drafter, Mode
 from parablock.decoding.generate import own_stop_tokens
+from parablock.decoding.grammar import Grammars
 from parablock.diffusion.gate import gate_of
 from parablock.diffusion.support import is_adapted
 from parablock.engine.config import EngineConfig
@@ -39,7 +41,17 @@ class ServedModel:
         self.engine = Engine(model, config)
         self.engine.start()
         self.created = int(time.time())
+        self._grammars: Grammars | None = None
+        self._making = threading.Lock()
         self._recent: deque[float] = deque(maxlen=RECENT)  # seconds that the last answers were here
+
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles grammars for it; made when it is first needed, which takes a moment."""
+        with self._making:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer)
+            return self._grammars
 
     @property
     def stopped(self) -> str | None:

@@ -5,6 +5,7 @@ Shapes: n rows, m predictions, D block size, S positions of a sub-block.
 
 import numpy as np
 
+from parablock.decoding.guides import allowed_prefix
 from parablock.decoding.rows import STRATEGIES, Rows
 from parablock.decoding.unmasking import reveal
 from parablock.decoding.work import Mode, Work
@@ -40,6 +41,8 @@ def settle(rows: Rows, work: Work, tokens_m: np.ndarray, confidence_m: np.ndarra
     """Each row reveals what its strategy chooses among the masked positions of its sub-block."""
     row_m = work.row_m
     chosen_m = _choose(rows, work, confidence_m)
+    if rows.guided_R.any():
+        chosen_m = allowed_prefix(rows, work, tokens_m, chosen_m)
     rows.start_R[work.rows_n] += work.final_n
     rows.written_R[work.rows_n] = work.final_n == 0
     rows.reveal(row_m[chosen_m], work.target_m[chosen_m], tokens_m[chosen_m])
