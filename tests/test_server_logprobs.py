@@ -225,3 +225,49 @@ def test_nothing_is_paid_without(models: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("parablock.decoding.adjust._penalised", lambda *_: called.append(2))
     assert alone(model, [5, 6, 7], pb.DecodeConfig(max_new_tokens=4)).tokens
     assert not called
+
+
+@pytest.mark.parametrize("name", ["bundled", "bundled-ar"])
+def test_beside_a_grammar(server: Served, models: Any, name: str) -> None:
+    """Settings and grammar hold together: it ends an answer that `min_tokens` would have go on."""
+    model, tokenizer = models[name]
+    allowed = ["12 coins", "7 pencils", "40 boxes of apples"]
+    body: dict[str, Any] = {"structured_outputs": {"choice": allowed}, "min_tokens": 30, "repetition_penalty": 1.3}
+    for extra in ({}, {"ignore_eos": True}, {"temperature": 1.0, "seed": 2, "presence_penalty": 1.5}):
+        for mode in {"bundled": ("diffusion", "autoregressive"), "bundled-ar": ("autoregressive", "speculative")}[name]:
+            out = server.client.completions.create(
+                model=name, prompt=TEXT, max_tokens=40, logprobs=2, echo=True, extra_body={**body, **extra, "mode": mode}
+            )
+            [choice] = out.choices
+            assert choice.text.removeprefix(TEXT) in allowed
+            assert choice.logprobs is not None
+            told = choice.logprobs.token_logprobs or []
+            assert len(told) == len(choice.logprobs.tokens or []) > len(encode_text(tokenizer, TEXT))
+            expected = alone(model, encode_text(tokenizer, TEXT), pb.DecodeConfig(mode=mode), logprobs=2, prompt_logprobs=True)
+            prompt = [one.logprob for one in expected.prompt_logprobs[1:]]
+            assert told[1 : len(prompt) + 1] == pytest.approx(prompt, abs=1e-3)
+    server.wait_until_idle()
+
+
+@pytest.mark.parametrize("name", ["bundled", "bundled-ar"])
+def test_the_real_harness(server: Served, models: Any, name: str) -> None:
+    """lm_eval's own client of completions finds what our harness finds, answers and likelihoods."""
+    for library in ("lm_eval", "tenacity"):
+        pytest.importorskip(library, reason="the harness and its clients: pip install 'lm_eval[api]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from parablock.checkpoints.named import BUNDLED
+    from parablock.evals.harness import ParablockLM
+
+    model, tokenizer = models[name]
+    pairs = [("Mara has 4 boxes with 6", " pencils"), ("Mara has 4 boxes", " of\n 24"), ("2 + 2 =", " 4")]
+    asked: Any = [Instance("loglikelihood", {}, pair, 0, ("task", i, 1)) for i, pair in enumerate(pairs)]
+    remote = LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions", model=name, tokenizer=str(BUNDLED / "ar"),
+        tokenizer_backend="huggingface", batch_size=2, max_length=512,
+    )  # fmt: skip
+    ours = ParablockLM(model, tokenizer)
+    for (total, greedy), (expected, best) in zip(remote.loglikelihood(asked), ours.loglikelihood(asked), strict=True):
+        assert total == pytest.approx(expected, abs=1e-3)
+        assert greedy == best
