@@ -236,14 +236,21 @@ def test_beside_a_grammar(server: Served, models: Any, name: str) -> None:
     for extra in ({}, {"ignore_eos": True}, {"temperature": 1.0, "seed": 2, "presence_penalty": 1.5}):
         for mode in {"bundled": ("diffusion", "autoregressive"), "bundled-ar": ("autoregressive", "speculative")}[name]:
             out = server.client.completions.create(
-                model=name, prompt=TEXT, max_tokens=40, logprobs=2, echo=True, extra_body={**body, **extra, "mode": mode}
+                model=name,
+                prompt=TEXT,
+                max_tokens=40,
+                logprobs=2,
+                echo=True,
+                extra_body={**body, **extra, "mode": mode},
             )
             [choice] = out.choices
             assert choice.text.removeprefix(TEXT) in allowed
             assert choice.logprobs is not None
             told = choice.logprobs.token_logprobs or []
             assert len(told) == len(choice.logprobs.tokens or []) > len(encode_text(tokenizer, TEXT))
-            expected = alone(model, encode_text(tokenizer, TEXT), pb.DecodeConfig(mode=mode), logprobs=2, prompt_logprobs=True)
+            expected = alone(
+                model, encode_text(tokenizer, TEXT), pb.DecodeConfig(mode=mode), logprobs=2, prompt_logprobs=True
+            )
             prompt = [one.logprob for one in expected.prompt_logprobs[1:]]
             assert told[1 : len(prompt) + 1] == pytest.approx(prompt, abs=1e-3)
     server.wait_until_idle()

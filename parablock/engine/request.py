@@ -137,7 +137,8 @@ class Handle:
         if self.request.logprobs is None:
             return []
         length = len(self.request.prompt)
-        if self.request.prompt_logprobs and not self.prompt_logprobs and tokens:
+        whole = length == 1 or length - 1 in self._told
+        if self.request.prompt_logprobs and not self.prompt_logprobs and whole:
             self.prompt_logprobs = [None, *(self._told[position] for position in range(1, length))]
         return [self._told[length + number] for number in range(begin, begin + tokens)]
 

@@ -15,6 +15,7 @@ from parablock.decoding.rows import Rows
 from parablock.decoding.scoring import also_score, score, scoring
 from parablock.decoding.work import Placed, Work, join, prefill
 
+MOST_SCORED = 256  # tokens of prompts that a forward predicts, each with logits over the vocabulary
 FEW_PAGES = 16  # contexts up to so many pages share a group; longer ones go with their like, by powers of 4
 
 
@@ -61,7 +62,10 @@ def plan(rows: Rows, active: np.ndarray, prefill_chunk: int, powers_of_two: bool
     if prefilling.any():
         # where many rows decode, as many prompt tokens beside them: else new requests would wait while rows run empty
         decoding = sum(work.tokens for work in works)
-        chosen, width = _choose_prefills(rows, active[prefilling], max(prefill_chunk, decoding))
+        waiting, chunk = active[prefilling], max(prefill_chunk, decoding)
+        if (rows.scored_R[waiting] < rows.prompt_R[waiting]).any():
+            chunk = min(chunk, MOST_SCORED)
+        chosen, width = _choose_prefills(rows, waiting, chunk)
         works.append(also_score(rows, prefill(rows, chosen, np.full_like(chosen, width))))
     if scores.any():
         works.append(score(rows, active[scores]))

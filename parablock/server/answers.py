@@ -157,7 +157,7 @@ class Answers:
         told = [logprob for update in updates for logprob in update.logprobs]
         if done and not handle.request.stream:
             new, told = handle.tokens, handle.logprobs
-        choice.tokens += len(new) * self.told.answers
+        choice.tokens += len(new) if self.told.answers else 0
         states: list[Update | Handle] = [*updates, *([handle] if done else [])]
         for state in states:
             choice.forwards, choice.drafted, choice.accepted = state.forwards, state.drafted, state.accepted
