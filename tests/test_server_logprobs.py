@@ -231,28 +231,26 @@ def test_nothing_is_paid_without(models: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_beside_a_grammar(server: Served, models: Any, name: str) -> None:
     """Settings and grammar hold together: it ends an answer that `min_tokens` would have go on."""
     model, tokenizer = models[name]
+    ids = encode_text(tokenizer, TEXT)
     allowed = ["12 coins", "7 pencils", "40 boxes of apples"]
     body: dict[str, Any] = {"structured_outputs": {"choice": allowed}, "min_tokens": 30, "repetition_penalty": 1.3}
-    for extra in ({}, {"ignore_eos": True}, {"temperature": 1.0, "seed": 2, "presence_penalty": 1.5}):
-        for mode in {"bundled": ("diffusion", "autoregressive"), "bundled-ar": ("autoregressive", "speculative")}[name]:
-            out = server.client.completions.create(
-                model=name,
-                prompt=TEXT,
-                max_tokens=40,
-                logprobs=2,
-                echo=True,
-                extra_body={**body, **extra, "mode": mode},
-            )
+    modes: Any = {"bundled": ("diffusion", "autoregressive"), "bundled-ar": ("autoregressive", "speculative")}[name]
+    asked: dict[str, Any] = {"model": name, "prompt": TEXT, "max_tokens": 40, "logprobs": 2, "echo": True}
+    for mode in modes:
+        expected = alone(model, ids, pb.DecodeConfig(mode=mode), logprobs=2, prompt_logprobs=True)
+        prompt = [one.logprob for one in expected.prompt_logprobs[1:]]
+        for extra in ({}, {"ignore_eos": True}, {"temperature": 1.0, "seed": 2, "presence_penalty": 1.5}):
+            out = server.client.completions.create(**asked, extra_body={**body, **extra, "mode": mode})
             [choice] = out.choices
             assert choice.text.removeprefix(TEXT) in allowed
             assert choice.logprobs is not None
             told = choice.logprobs.token_logprobs or []
-            assert len(told) == len(choice.logprobs.tokens or []) > len(encode_text(tokenizer, TEXT))
-            expected = alone(
-                model, encode_text(tokenizer, TEXT), pb.DecodeConfig(mode=mode), logprobs=2, prompt_logprobs=True
-            )
-            prompt = [one.logprob for one in expected.prompt_logprobs[1:]]
-            assert told[1 : len(prompt) + 1] == pytest.approx(prompt, abs=1e-3)
+            assert len(told) == len(choice.logprobs.tokens or []) > len(ids)
+            assert told[1 : len(ids)] == pytest.approx(prompt, abs=1e-3)
+    empty = server.client.completions.create(**asked, extra_body={"structured_outputs": {"regex": ""}})
+    assert empty.choices[0].text == TEXT
+    assert empty.choices[0].logprobs is not None
+    assert (empty.choices[0].logprobs.token_logprobs or [])[1 : len(ids)] == pytest.approx(prompt, abs=1e-3)
     server.wait_until_idle()
 
 
