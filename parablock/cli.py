@@ -55,11 +55,22 @@ def generate(
     model: ModelOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens and figures.")] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer with JSON that fits the schema in this file.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Answer with a text that this regular expression matches as a whole.")
+    ] = None,
     dtype: DtypeOption = None,
     given: Given = NOTHING,
 ) -> None:
     """Answer one prompt, to stdout."""
     config = DecodeConfig(**given)  # wrong settings are told before anything is loaded
+    if json_schema is not None or regex is not None:
+        require_library("llguidance", "serve")
+    from parablock.decoding.grammar import grammar_from_options
+
+    grammar = grammar_from_options(json_schema, regex)
     if prompt is None and sys.stdin.isatty():
         raise ValueError("there is no prompt; pass it as an argument or on stdin")
     text = sys.stdin.read() if prompt in (None, "-") else prompt
@@ -69,7 +80,7 @@ def generate(
     model = _announced(model, config)
     from parablock.app.terminal import answer_once
 
-    answer_once(model, text, config, raw=raw, as_json=as_json, dtype=dtype)
+    answer_once(model, text, config, grammar, raw=raw, as_json=as_json, dtype=dtype)
 
 
 @app.command()

@@ -11,16 +11,21 @@ from parablock.checkpoints.load import load
 from parablock.data.chat import encode_prompt
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import generate, stream
+from parablock.decoding.grammar import Grammar, Grammars
 
 
-def answer_once(model: str, text: str, config: DecodeConfig, *, raw: bool, as_json: bool, dtype: str | None) -> None:
+def answer_once(
+    model: str, text: str, config: DecodeConfig, grammar: Grammar | None = None, *, raw: bool, as_json: bool,
+    dtype: str | None,
+) -> None:  # fmt: skip
     """Print the answer to a prompt (`raw`: without the chat template), or one JSON object with text and figures."""
     loaded, tokenizer = load(model, dtype=dtype)
+    held = None if grammar is None else Grammars(tokenizer).compile(grammar)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(text)["input_ids"]
     else:
         ids = encode_prompt(tokenizer, [{"role": "user", "content": text.strip()}])
-    out = generate(loaded, ids, config)
+    out = generate(loaded, ids, config, grammar=held)
     answer = tokenizer.decode(out.tokens[0], skip_special_tokens=True)
     if as_json:
         figures = {

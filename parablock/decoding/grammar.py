@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -21,10 +22,11 @@ from parablock.settings import require, require_choice, require_library
 Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 LARGEST = 64 * 1024  # bytes of a grammar's text
 STACK = 128 * 2**20  # bytes, most of them never touched
+TRIED = 4  # tokens
 KEPT = 256  # compiled grammars of a tokenizer, the latest used ones
 END = "\ufdd1"  # the name of the end, a token that no text holds: Unicode keeps it for a program's own use
 # a schema cannot ask for less than it says; white space has an end, where models would go on with it
-JSON: Any = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": r"( |\n[ \t]{0,32})"}
+JSON: Any = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": r"( |\n[ \t]{0,16})"}
 _STARTING = threading.Lock()
 T = TypeVar("T")
 
@@ -131,6 +133,26 @@ class Guide:
         return count
 
 
+def grammar_from_options(json_schema: Path | None, regex: str | None) -> Grammar | None:
+    """What a command's options ask for.
+
+    Raises:
+        ValueError: both, or a file that cannot be read or holds no schema.
+    """
+    if json_schema is None:
+        return None if regex is None else Grammar("regex", regex)
+    if regex is not None:
+        raise ValueError("--json-schema and --regex both ask for a form of the answer; leave one out")
+    try:
+        source = json_schema.read_text(encoding="utf-8")
+        check_schema(source)
+        return Grammar("json_schema", source)
+    except OSError as error:
+        raise ValueError(f"--json-schema {json_schema} cannot be read ({error.strerror}); name a file") from None
+    except ValueError as error:  # also what is no text
+        raise ValueError(f"--json-schema {json_schema}: {error}") from None
+
+
 def check_grammar(grammar: object, vocabulary: int) -> None:
     """ValueError unless it is None, or compiled for a tokenizer that a model of so many tokens can have."""
     if grammar is None:
@@ -180,17 +202,21 @@ class Grammars:
         return compiled
 
     def _matcher(self, grammar: Grammar) -> Any:
-        """At the grammar's beginning; what is too complex is often told by its first mask only."""
+        """At the grammar's beginning; what is too complex is often told by its first masks only."""
         from llguidance import LLMatcher, LLParserLimits
 
         text = _text(grammar)
         limits = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
         matcher = LLMatcher(self.vocabulary.tokens, text, limits=limits, log_level=0)
         tried = matcher.deep_copy()
-        if not matcher.is_error():
-            tried.compute_bitmask()
-        if tried.is_error():
-            raise ValueError(_reason(grammar, tried))
+        for _ in range(TRIED):
+            if not tried.is_error():
+                mask = np.frombuffer(tried.compute_bitmask(), dtype=np.uint8)
+            if tried.is_error():
+                raise ValueError(_reason(grammar, tried))
+            if tried.is_stopped():
+                break
+            tried.consume_token(int(np.unpackbits(mask, bitorder="little").argmax()))
         return matcher
 
 
@@ -222,9 +248,10 @@ def _texts(source: str) -> list[str]:
 
 def _reason(grammar: Grammar, matcher: Any) -> str:
     """llguidance's own words, up to the state it prints."""
-    told = matcher.get_error().partition("<")[0].strip() or "no text fits it"
-    told = re.sub(r"\s+", " ", told)[:500]
-    remedy = "write a smaller one" if re.search("too|fuel|max", told) else "change it"
+    told = re.sub(r"\s+", " ", matcher.get_error().partition("<state>")[0]).strip()[:500]
+    if told in ("", "NoExtension", "NoExtensionBias"):
+        told = "no text fits it"
+    remedy = "write a smaller one" if re.search("[Tt]oo |fuel|max", told) else "change it"
     return f"the {grammar.kind} grammar cannot be used: {told}; {remedy}"
 
 

@@ -8,7 +8,6 @@ from urllib.parse import unquote
 MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of names to schemas
 LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 SINGLE = ("items", "additionalProperties", "additionalItems")
-SCALARS = {"string", "number", "integer", "boolean", "null"}
 
 
 def check_schema(text: str) -> None:
@@ -85,9 +84,9 @@ def _node_ends(node: dict[str, Any], fits: Any, refers: Any) -> bool:
         return False
     if "$ref" in node and not refers(node["$ref"]):
         return False
-    kinds = node.get("type", [*SCALARS])
+    kinds = node.get("type", "any")
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    if "enum" in node or "const" in node or not SCALARS.isdisjoint(kinds):
+    if "enum" in node or "const" in node or any(kind not in ("object", "array") for kind in kinds):
         return True
     return ("object" in kinds and _object_ends(node, fits)) or ("array" in kinds and _array_ends(node, fits))
 

@@ -75,7 +75,8 @@ class Structured(Strict):
     @model_validator(mode="after")
     def _one_form(self) -> "Structured":
         if len(asked := self._asked()) > 1:
-            raise ValueError(f"{asked[1][0]} and {asked[0][0]} both ask for a form of the answer; leave one out")
+            forms = " and ".join(f"{field} ({kind})" for field, kind, _ in asked)
+            raise ValueError(f"{asked[1][0]}: only one form of the answer can be asked for, not {forms}; leave one out")
         self.grammar()
         return self
 
