@@ -222,7 +222,7 @@ def test_nothing_is_paid_without(models: Any, monkeypatch: pytest.MonkeyPatch) -
     model, _ = models["bundled-ar"]
     called: list[int] = []
     monkeypatch.setattr(torch, "log_softmax", lambda *_: called.append(1))
-    monkeypatch.setattr("parablock.decoding.adjust._penalised", lambda *_: called.append(2))
+    monkeypatch.setattr("parablock.decoding.adjust._penalise", lambda *_: called.append(2))
     assert alone(model, [5, 6, 7], pb.DecodeConfig(max_new_tokens=4)).tokens
     assert not called
 
@@ -247,7 +247,7 @@ def test_beside_a_grammar(server: Served, models: Any, name: str) -> None:
             told = choice.logprobs.token_logprobs or []
             assert len(told) == len(choice.logprobs.tokens or []) > len(ids)
             assert told[1 : len(ids)] == pytest.approx(prompt, abs=1e-3)
-    empty = server.client.completions.create(**asked, extra_body={"structured_outputs": {"regex": ""}})
+    empty = server.client.completions.create(**asked, extra_body={"structured_outputs": {"regex": ""}, "mode": mode})
     assert empty.choices[0].text == TEXT
     assert empty.choices[0].logprobs is not None
     assert (empty.choices[0].logprobs.token_logprobs or [])[1 : len(ids)] == pytest.approx(prompt, abs=1e-3)

@@ -37,29 +37,29 @@ def adjusted(logits_MV: Tensor, rows: Rows, works: list[Work]) -> Tensor:
         m, k = (rows.biased_RK[row_m] >= 0).nonzero()
         at, token = _sent(np.stack([m, rows.biased_RK[row_m[m], k]]), logits_mV.device)
         logits_mV.index_put_((at, token), _sent(rows.bias_RK[row_m[m], k], logits_mV.device), accumulate=True)
-    logits_mV = _penalised(logits_mV, rows, row_m, text_m)
+    _penalise(logits_mV, rows, row_m, text_m)
     early_m = target_m < rows.prompt_R[row_m] + rows.settings_R["min_tokens"][row_m]
     if early_m.any():
         stops_mK = rows.stops_RK[row_m]
         m, k = ((stops_mK >= 0) & (stops_mK < logits_mV.shape[1]) & early_m[:, None]).nonzero()
         at, token = _sent(np.stack([m, stops_mK[m, k]]), logits_mV.device)
-        later_mV = logits_mV.index_put((at, token), logits_mV.new_tensor(-torch.inf))
-        possible_m1 = later_mV.amax(1, keepdim=True) > -torch.inf
-        logits_mV = torch.where(possible_m1, later_mV, logits_mV)
+        before = logits_mV[at, token]
+        logits_mV[at, token] = -torch.inf
+        logits_mV[at, token] = torch.where(logits_mV.amax(1)[at] > -torch.inf, -torch.inf, before)
     if index is None:
         return logits_mV
     return logits_MV.index_copy_(0, index, logits_mV)
 
 
-def _penalised(logits_mV: Tensor, rows: Rows, row_m: np.ndarray, text_m: np.ndarray) -> Tensor:
-    """With the penalties on what stands in the texts."""
+def _penalise(logits_mV: Tensor, rows: Rows, row_m: np.ndarray, text_m: np.ndarray) -> None:
+    """Lower what stands in the texts: that alone is read and written, so the size of the vocabulary hardly counts."""
     settings_m, device = rows.settings_R[row_m], logits_mV.device
     names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
     repetition_m, frequency_m, presence_m = (settings_m[name] for name in names)
     repeats_m = repetition_m != 1
     counts_m = repeats_m | (frequency_m != 0) | (presence_m != 0)
     if not counts_m.any():
-        return logits_mV
+        return
     # the texts travel once for every row, and from the answer on where nobody asks for the prompt
     rows_n, n_m = np.unique(row_m, return_inverse=True)
     begin_m, end_m = np.where(repeats_m, 0, rows.prompt_R[row_m]), np.where(counts_m, text_m, 0)
@@ -70,14 +70,19 @@ def _penalised(logits_mV: Tensor, rows: Rows, row_m: np.ndarray, text_m: np.ndar
     place_L = torch.arange(first, last, device=device)
     ids_mL = ids_nL[n[:, 0]]
     known_mL = (place_L >= begin) & (place_L < end)
-    count_mV = torch.zeros_like(logits_mV).scatter_add_(1, ids_mL, (known_mL & (place_L >= prompt)).float())
     repetition, frequency, presence = _sent(np.stack([repetition_m, frequency_m, presence_m]), device)[:, :, None]
+    # a token has one value wherever it stands, in another row's part, too: so all places may write it
+    count_mL = _times(ids_mL, known_mL & (place_L >= prompt), logits_mV)
+    value_mL = logits_mV.gather(1, ids_mL)
     if repeats_m.any():
-        seen_mV = torch.zeros_like(logits_mV).scatter_add_(1, ids_mL, known_mL.float()) > 0
-        changed_mV = torch.where(logits_mV > 0, logits_mV / repetition, logits_mV * repetition)
-        logits_mV = torch.where(seen_mV, changed_mV, logits_mV)
-    penalised_mV: Tensor = logits_mV - frequency * count_mV - presence * (count_mV > 0)
-    return penalised_mV
+        changed_mL = torch.where(value_mL > 0, value_mL / repetition, value_mL * repetition)
+        value_mL = torch.where(_times(ids_mL, known_mL, logits_mV) > 0, changed_mL, value_mL)
+    logits_mV.scatter_(1, ids_mL, value_mL - frequency * count_mL - presence * (count_mL > 0))
+
+
+def _times(ids_mL: Tensor, counted_mL: Tensor, like_mV: Tensor) -> Tensor:
+    """How often the token of each place stands at the counted ones of its row `[m, L]`."""
+    return torch.zeros_like(like_mV).scatter_add_(1, ids_mL, counted_mL.float()).gather(1, ids_mL)
 
 
 def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
