@@ -284,11 +284,11 @@ class Engine:
         tokens_M, confidence_M, told = self.runner.run(rows, self.batch.table_RP, step)
         self.steps += 1
         settled = settle(rows, step.works, tokens_M, confidence_M)
+        self._note(settled, told)
         prefills = [work for work in step.works if not work.decoding]
         for row in (row for work in prefills for row in work.rows_n):
             if rows.start_R[row] == rows.prefill_R[row]:
                 self.batch.register(row)
-        self._note(settled, told)
         self._tell(settled, stood)
         prefill = sum(int(work.final_n.sum()) for work in prefills)
         self.prefill_tokens += prefill
