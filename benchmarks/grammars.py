@@ -4,11 +4,13 @@
 
 Temperature 1; the bundled models and a tiny random one with their tokenizer answer every schema once in every mode, in
 an engine of 16 rows. Whole answers are validated with `jsonschema`, cut ones must be prefixes that the grammar accepts.
-Latency: the same questions with and without a grammar that allows what is answered anyway, in turns; one request at a
-time and 16 at once. Writes `benchmarks/results/grammars.json`.
+Latency: the same questions with and without a grammar that allows what is answered anyway, in turns, by the clock and
+by the processor's time (which other programs disturb less); one request at a time and 16 at once. Writes
+`benchmarks/results/grammars.json`.
 """
 
 import json
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -61,7 +63,7 @@ def answers(models: dict[str, dict[bool, Any]], tokenizer: Any, count: int) -> d
     """How many answers of every model in every mode are whole, cut; anything else raises."""
     grammars = pb.Grammars(tokenizer)
     held = [grammars.compile(pb.Grammar("json_schema", json.dumps(schema(number)))) for number in range(count)]
-    prompts = common.questions(tokenizer, test_problems(count))
+    prompts = common.questions(tokenizer, test_problems(0, count))
     report: dict[str, Any] = {}
     for name, pair in models.items():
         for mode, changes in MODES.items():
@@ -75,7 +77,7 @@ def answers(models: dict[str, dict[bool, Any]], tokenizer: Any, count: int) -> d
 
 
 def latency(models: dict[bool, Any], tokenizer: Any, repeats: int) -> dict[str, Any]:
-    """Time per token and per forward with a grammar over that without, turn by turn: the same questions, greedy.
+    """Time per token with a grammar over that without, turn by turn: the same questions, greedy.
 
     The grammar allows what is answered anyway, so the answers are alike.
     """
@@ -84,18 +86,21 @@ def latency(models: dict[bool, Any], tokenizer: Any, repeats: int) -> dict[str, 
     for mode in ("autoregressive", "speculative", "block diffusion, threshold", "block diffusion, verified"):
         config = replace(BASE, **MODES[mode], temperature=0.0, max_new_tokens=96)
         for rows in (1, 16):
-            prompts = common.questions(tokenizer, test_problems(max(rows, 4)))
+            prompts = common.questions(tokenizer, test_problems(0, max(rows, 4)))
             with pb.Engine(models["diffusion" in mode], pb.EngineConfig(max_rows=rows, prefix_cache=False)) as engine:
 
                 def run(grammar: Any, engine: pb.Engine = engine, prompts: Any = prompts, config: Any = config) -> Any:
-                    return engine.generate(prompts, config, grammar=grammar)
+                    began = time.process_time()
+                    out = engine.generate(prompts, config, grammar=grammar)
+                    return out, 1000 * (time.process_time() - began) / out.new_tokens
 
                 seen = common.in_turns({"none": partial(run, None), "held": partial(run, held)}, repeats)
-            none, own = seen["none"], seen["held"]
+            (none, cpu_none), (own, cpu_own) = (zip(*seen[name], strict=True) for name in ("none", "held"))
+            wall = [[1000 * out.seconds / out.new_tokens for out in outs] for outs in (own, none)]
             report[f"{mode}, {rows} at once"] = {
-                "ms_per_token": common.spread([1000 * out.seconds / out.new_tokens for out in none]),
-                "per_token": common.ratios(*([x.seconds / x.new_tokens for x in seen] for seen in (own, none))),
-                "per_forward": common.ratios(*([x.seconds / x.forwards for x in seen] for seen in (own, none))),
+                "ms_per_token": common.spread(wall[1]),
+                "per_token": common.ratios(*wall),
+                "cpu_per_token": common.ratios(cpu_own, cpu_none),
                 "equal_answers": sum(a == b for a, b in zip(own[0].tokens, none[0].tokens, strict=True)) / len(prompts),
                 "tokens_per_forward": [none[0].tokens_per_forward, own[0].tokens_per_forward],
             }
