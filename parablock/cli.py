@@ -302,21 +302,21 @@ def serve(
         require_library(library, "otel")
     names = [name or default_model() for name in (model, *(also or []))]
     key = os.environ.get("PARABLOCK_API_KEY") or None
-    if write_config is not None:
+    service = Service(tuple(names), config, replicas, dtype) if cluster or write_config else None
+    if write_config is not None and service:
         require_library("yaml", "ray")
         from parablock.cluster.files import write_files
 
-        write_files(Service(tuple(names), config, replicas, dtype), write_config)
+        write_files(service, write_config)
         return
-    if cluster:
+    if service:
         require_library("ray", "ray")
-        service = Service(tuple(names), config, replicas, dtype)
     for name in names:
         _announced(name, DecodeConfig())
-    if cluster:
+    if service:
         from parablock.cluster.command import run_cluster
 
-        run_cluster(Service(tuple(names), config, replicas, dtype), key)
+        run_cluster(service, key)
     else:
         from parablock.server.command import run_server
 

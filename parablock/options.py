@@ -25,7 +25,8 @@ def options(
 
     def decorate(command: Command) -> Command:
         hints = get_type_hints(config_class)
-        fields = [field for field in dataclasses.fields(config_class) if field.name not in without]
+        every = [field for field in dataclasses.fields(config_class) if field.metadata["command"]]
+        fields = [field for field in every if field.name not in without]
         names = {field.metadata["option"] or field.name: field for field in fields}
         own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
         extra = [_option(name, field, hints[field.name], panel, sparse) for name, field in names.items()]

@@ -12,13 +12,15 @@ Model = Any  # a decoder-only language model of transformers; what its config ho
 T = TypeVar("T")
 
 
-def setting(default: T, *, help: str, option: str | None = None, joined: bool = False) -> T:
+def setting(
+    default: T, *, help: str, option: str | None = None, joined: bool = False, command: bool = True
+) -> T:  # fmt: skip
     """A dataclass field with its help text.
 
     `option`: the command's option where it is not named like the field. `joined`: the option takes several values as
-    one text ("1,8,32"), instead of being repeatable.
+    one text ("1,8,32"), instead of being repeatable. `command`: whether commands have an option for it at all.
     """
-    metadata = {"help": help, "option": option, "joined": joined}
+    metadata = {"help": help, "option": option, "joined": joined, "command": command}
     field: Any = dataclasses.field(default=default, metadata=metadata)
     return field  # type: ignore[no-any-return]
 

@@ -40,7 +40,8 @@ def type_text(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(f'`"{value}"`' for value in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"tuple of {get_args(hint)[0].__name__}"
+        kinds = [type_text(kind) for kind in get_args(hint) if kind is not ...]
+        return f"tuple of {kinds[0]}" if ... in get_args(hint) else f"({', '.join(kinds)})"
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     return type_text(kinds[0]) if kinds else str(hint.__name__)
 

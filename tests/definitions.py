@@ -5,6 +5,7 @@ its own (K/V of the other sub-blocks stay as they were): it is defined by the go
 shows to a layer with a sliding window, `masks_of` cuts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,11 @@ def block_diffusion(model: Any, ids: list[int], config: pb.DecodeConfig) -> list
         """Confidence and token at `positions`, each predicted by the one before it (token shift)."""
         filled = [mask_token if t is None else t for t in tokens]
         logits = _logits(model, filled, block_causal_mask(len(filled), D))
-        return {p: _propose(logits[p - 1], config, mask_token, p, forwards) for p in positions}
+        text = tokens[len(ids) : tokens.index(None) if None in tokens else None]
+        return {
+            p: _propose(adjusted(logits[p - 1], config, ids, text, p), config, mask_token, p, forwards)
+            for p in positions
+        }
 
     while True:
         start = (len(known) - 1) // D * D
@@ -57,7 +62,8 @@ def autoregressive(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[
         tokens = [t for t in known if t is not None]
         logits = _logits(model, tokens, torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril())
         mask_token = getattr(model.config, "mask_token_id", None)
-        known.append(_propose(logits[-1], config, mask_token, len(known), 0)[1])
+        last = adjusted(logits[-1], config, ids, tokens[len(ids) :], len(tokens))
+        known.append(_propose(last, config, mask_token, len(known), 0)[1])
     return whole
 
 
@@ -72,7 +78,8 @@ def verified(model: Any, ids: list[int], config: pb.DecodeConfig) -> list[int]:
         attends = block_causal_mask(len(tokens), D)
         active = len(tokens) // D * D  # a full block is committed: it sees itself in both directions
         attends[active:] &= torch.ones_like(attends).tril()[active:]
-        known.append(_propose(_logits(model, tokens, attends)[-1], config, mask_token, len(tokens), 0)[1])
+        last = adjusted(_logits(model, tokens, attends)[-1], config, ids, tokens[len(ids) :], len(tokens))
+        known.append(_propose(last, config, mask_token, len(tokens), 0)[1])
     return whole
 
 
@@ -101,6 +108,22 @@ def speculative(model: Any, ids: list[int], config: pb.DecodeConfig) -> tuple[li
 
 
 DEFINITIONS = {"diffusion": block_diffusion, "autoregressive": autoregressive, "speculative": autoregressive}
+
+
+def adjusted(
+    logits: torch.Tensor, config: pb.DecodeConfig, ids: list[int], text: Sequence[int | None], position: int
+) -> torch.Tensor:
+    """The logits of `position`, behind the answer's `text`: biases, then penalties as vLLM has them, then stops."""
+    for token, bias in config.logit_bias:
+        logits[token] += bias
+    for token in {*ids, *text} - {None}:
+        if config.repetition_penalty != 1:
+            logits[token] *= 1 / config.repetition_penalty if logits[token] > 0 else config.repetition_penalty
+    for token in {*text}:
+        logits[token] -= config.frequency_penalty * text.count(token) + config.presence_penalty
+    if position - len(ids) < config.min_tokens:
+        logits[[*(config.stop_token_ids or ())]] = -torch.inf
+    return logits
 
 
 def _whole(known: list[int | None], prompt: int, end: int, config: pb.DecodeConfig) -> list[int] | None:
@@ -134,8 +157,9 @@ def _propose(
         assert config.seed is not None
         number = uniform(config.seed, *(torch.tensor([[i]]) for i in (0, position, draw)))
     token, confidence = propose(
-        logits[None, None], number, temperature=config.temperature or 1.0, top_p=config.top_p, top_k=config.top_k
-    )
+        logits[None, None], number, temperature=config.temperature or 1.0, top_p=config.top_p, top_k=config.top_k,
+        min_p=config.min_p or None,
+    )  # fmt: skip
     return confidence.item(), int(token)
 
 

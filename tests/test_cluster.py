@@ -100,8 +100,8 @@ def test_what_one_process_refuses(cluster: Served) -> None:
     assert [model.id for model in cluster.client.models.list()] == ["bundled"]
     with pytest.raises(openai.NotFoundError):
         cluster.client.chat.completions.create(**ASK | {"model": "gpt"})
-    with pytest.raises(openai.BadRequestError, match="logprobs"):
-        cluster.client.chat.completions.create(**ASK, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="top_logprobs"):
+        cluster.client.chat.completions.create(**ASK, top_logprobs=2)
     large = cluster.http.post("/v1/completions", content=b'{"prompt": "' + b"a" * 1_000_001 + b'"}')
     assert (large.status_code, error_of(large)["code"]) == (413, "request_too_large")
     assert cluster.http.post("/v1/completions", content=b"[").status_code == 400

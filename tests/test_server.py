@@ -158,11 +158,10 @@ def test_denoising_adds_up_to_the_answer(server: Served, bundled: tuple[Any, Any
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, "tools.0.function", "invalid_value"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type", "invalid_value"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"service_tier": "priority"}, "service_tier", "unsupported_parameter"),
         ({"temprature": 1}, "temprature", "unsupported_parameter"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),

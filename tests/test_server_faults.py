@@ -98,8 +98,10 @@ BASES: dict[str, Any] = {
 }
 FIELDS = ["model", "messages", "prompt", "stream", "stream_options", "stop", "max_tokens", "n", "temperature", "top_p",
           "seed", "mode", "threshold", "sub_block_size", "strategy", "factor", "tokens_per_step", "top_k",
-          "denoising", "logprobs", "tools", "tool_choice", "input", "instructions", "text",
-          "previous_response_id", "store", "metadata", "max_completion_tokens"]  # fmt: skip
+          "denoising", "logprobs", "tools", "tool_choice", "input", "instructions", "text", "previous_response_id",
+          "store", "metadata", "max_completion_tokens", "top_logprobs", "echo", "logit_bias", "presence_penalty",
+          "frequency_penalty", "repetition_penalty", "min_p", "min_tokens", "ignore_eos",
+          "stop_token_ids"]  # fmt: skip
 
 
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
@@ -123,7 +125,10 @@ def test_malformed_bodies(server: Served) -> None:
     strange = [
         '"seed":1e400', '"temperature":1e-300', '"temperature":1e-45,"top_p":1e-300', '"factor":1e308',
         '"factor":1e-320,"strategy":"factor"', '"seed":-9223372036854775808,"temperature":1',
-        '"top_k":2147483647,"temperature":1', '"tokens_per_step":2147483647,"strategy":"fixed"', '"stop":"\\u0000"',
+        '"top_k":2147483647,"temperature":1', '"min_p":1e-320,"temperature":1', '"echo":true,"logprobs":20',
+        '"repetition_penalty":0.01,"logit_bias":{"1":100},"presence_penalty":1e-300', '"min_tokens":2147483647',
+        '"logit_bias":{"00001":-100,"1":3},"min_tokens":2,"stop_token_ids":[2147483647,1]',
+        '"tokens_per_step":2147483647,"strategy":"fixed"', '"stop":"\\u0000"',
     ]  # fmt: skip
     nasty += [f'{{"prompt":"x\\u0000\\ufdd0","max_tokens":2,{fields}}}'.encode() for fields in strange]
     for _ in range(970):  # two thousand bodies with those above, on two paths

@@ -272,14 +272,21 @@ def resolve(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Dec
         )
     stops = config.stop_token_ids
     if stops is None:
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        eos = own.eos_token_id if eos is None else eos
-        stops = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        stops = () if config.ignore_eos else own_stop_tokens(model)
     seed = int(torch.randint(2**31, ()).item()) if config.seed is None else config.seed
-    return replace(
+    resolved = replace(
         config, mode=mode, max_new_tokens=max_new_tokens, block_size=block_size, mask_token_id=mask_token_id,
         stop_token_ids=stops, drafter=drafter, seed=seed,
     )  # fmt: skip
+    resolved.check_tokens(vocabulary)
+    return resolved
+
+
+def own_stop_tokens(model: Model) -> tuple[int, ...]:
+    """The ids that end an answer unless the caller names others."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    eos = model.config.eos_token_id if eos is None else eos
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def warn_of_block_size(own: int, asked: int | None) -> None:

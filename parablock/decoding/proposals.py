@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parablock.decoding.adjust import adjusted
 from parablock.decoding.guides import restrict
 from parablock.decoding.rows import Rows
 from parablock.decoding.unmasking import propose, uniform
@@ -30,6 +31,7 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
         has = (mask_token_M >= 0).nonzero()[0]
         where = _sent(np.stack([has, mask_token_M[has]]), device)
         logits_MV[where[0], where[1]] = -torch.inf
+    logits_MV = adjusted(logits_MV, rows, works)
     sampled = (settings_M["temperature"] > 0).nonzero()[0]
     if len(sampled) < len(row_M):
         tokens, confidence = propose(logits_MV, None)
@@ -55,13 +57,15 @@ def _sample(
     top_k_m = settings_m["top_k"]
     whole = np.stack([settings_m["seed"], settings_m["sample"], target_m, draw_m, top_k_m, which_m])
     seed, sample, target, draw, top_k, which = _sent(whole, device)
-    temperature, top_p = _sent(np.stack([settings_m["temperature"], settings_m["top_p"]]), device)
+    shares = np.stack([settings_m["temperature"], settings_m["top_p"], settings_m["min_p"]])
+    temperature, top_p, min_p = _sent(shares, device)
     return propose(
         logits_MV[which],
         uniform(seed, sample, target, draw),
         temperature=temperature[:, None],
         top_p=top_p[:, None],
         top_k=top_k[:, None] if (top_k_m < logits_MV.shape[-1]).any() else None,
+        min_p=min_p[:, None] if settings_m["min_p"].any() else None,
     )
 
 

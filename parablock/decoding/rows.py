@@ -23,6 +23,8 @@ SETTINGS = [
     ("sub_block_size", np.int64), ("sub_block_cache", bool), ("strategy", np.int64), ("threshold", np.float32),
     ("factor", np.float32), ("tokens_per_step", np.int64), ("temperature", np.float32), ("top_p", np.float32),
     ("top_k", np.int64), ("seed", np.int64), ("sample", np.int64), ("draft_threshold", np.float32),
+    ("min_p", np.float32), ("presence_penalty", np.float32), ("frequency_penalty", np.float32),
+    ("repetition_penalty", np.float32), ("min_tokens", np.int64),
 ]  # fmt: skip
 
 
@@ -72,6 +74,11 @@ class Rows:
         self.drafted_RS = np.zeros((rows, len(DRAFTERS)), dtype=whole)
         self.accepted_RS = np.zeros((rows, len(DRAFTERS)), dtype=whole)
         self.stops_RK = np.full((rows, 1), -1, dtype=whole)
+        self.adjusts_R = np.zeros(rows, dtype=flag)  # its logits are changed before a token is chosen (`adjust.py`)
+        self.biased_RK, self.bias_RK = np.full((rows, 1), -1, dtype=whole), np.zeros((rows, 1), dtype=np.float32)
+        # what is told of the predictions, besides tokens (`logprobs.py`): so many most probable ones; -1: nothing
+        self.top_R = np.full(rows, -1, dtype=whole)
+        self.scored_R = np.zeros(rows, dtype=whole)  # the next position of the prompt to be predicted; FAR: none
         self.settings_R = np.zeros(rows, dtype=SETTINGS)  # named like the fields of `DecodeConfig`
         self.guides: list[Guide | None] = [None] * rows  # where a row stands in its grammar
         self.guided_R = np.zeros(rows, dtype=flag)  # it has one
@@ -90,12 +97,11 @@ class Rows:
         assert config.max_new_tokens is not None
         assert config.seed is not None
         length = len(prompt)
-        stops = config.stop_token_ids or ()
-        if len(stops) > self.stops_RK.shape[1]:
-            more = len(stops) - self.stops_RK.shape[1]
-            self.stops_RK = np.pad(self.stops_RK, ((0, 0), (0, more)), constant_values=-1)
-        self.stops_RK[row] = -1
-        self.stops_RK[row, : len(stops)] = stops
+        self.stops_RK = _set(self.stops_RK, row, config.stop_token_ids or ())
+        self.adjusts_R[row] = config.adjusts
+        self.biased_RK = _set(self.biased_RK, row, [token for token, _ in config.logit_bias])
+        self.bias_RK = _set(self.bias_RK, row, [bias for _, bias in config.logit_bias])
+        self.top_R[row], self.scored_R[row] = -1, FAR
         changed = {"strategy": STRATEGIES.index(config.strategy), "sample": sample}
         changed |= {"top_k": FAR if config.top_k is None else config.top_k}
         changed |= {"mask_token_id": -1 if config.mask_token_id is None else config.mask_token_id}
@@ -153,7 +159,7 @@ class Rows:
 
     def put_back(self, row: int, saved: dict[str, np.ndarray], guide: Guide | None) -> None:
         """What was taken out goes on in `row`; the tokens that had final K/V are prefilled again."""
-        self.stops_RK[row] = -1  # there may be room for more by now
+        self.stops_RK[row] = self.biased_RK[row] = -1  # there may be room for more by now
         for name, value in saved.items():
             getattr(self, name)[row, ... if value.ndim == 0 else slice(len(value))] = value
         self.guides[row] = guide
@@ -213,3 +219,12 @@ class Rows:
         self.length_R[rows_n] = np.where(stopped_n, self.stop_R[rows_n] + 1, gap_n) - self.prompt_R[rows_n]
         done: np.ndarray = stopped_n | (gap_n == end_n)
         return done
+
+
+def _set(values_RK: np.ndarray, row: int, values: Sequence[float]) -> np.ndarray:
+    """The array with these values of a row, and -1 behind them; wider, where they need it."""
+    more = max(0, len(values) - values_RK.shape[1])
+    values_RK = np.pad(values_RK, ((0, 0), (0, more)), constant_values=-1) if more else values_RK
+    values_RK[row] = -1
+    values_RK[row, : len(values)] = values
+    return values_RK

@@ -18,12 +18,14 @@ def propose(
     temperature: float | Tensor = 1.0,
     top_p: float | Tensor = 1.0,
     top_k: int | Tensor | None = None,
+    min_p: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token for every position and its confidence: the probability it has under the decoding distribution.
 
     Greedy (`uniform_RS` is None): the most probable token. Otherwise a sample of softmax(logits / temperature), cut to
-    its `top_k` most probable tokens, then to their `top_p` nucleus, and renormalised; drawn by inverse transform from
-    `uniform_RS` in [0, 1). Settings that are tensors broadcast to `[R, S, 1]`.
+    the tokens with at least `min_p` times the largest probability and to its `top_k` most probable tokens, then to
+    their `top_p` nucleus, and renormalised; drawn by inverse transform from `uniform_RS` in [0, 1). Settings that are
+    tensors broadcast to `[R, S, 1]`.
 
     Returns `tokens_RS` and `confidence_RS` (float32).
     """
@@ -31,6 +33,8 @@ def propose(
         confidence, tokens = torch.softmax(logits_RSV.float(), -1).max(-1)
         return tokens, confidence
     probability, order = torch.softmax(logits_RSV.float() / temperature, -1).sort(-1, descending=True)
+    if min_p is not None:
+        probability = probability.masked_fill(probability < min_p * probability[..., :1], 0.0)
     if top_k is not None:
         place = torch.arange(probability.shape[-1], device=probability.device)
         probability = probability.masked_fill(place >= top_k, 0.0)

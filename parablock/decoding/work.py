@@ -102,7 +102,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Settled:
-    """What a forward did to the rows that got predictions: K rows, M predictions."""
+    """What a forward did to the rows that got predictions: K rows, M predictions (A of answers)."""
 
     rows_K: np.ndarray
     before_K: np.ndarray  # the responses' lengths before
@@ -115,10 +115,11 @@ class Settled:
 
 def settle(rows: Rows, works: list[Work], tokens_M: np.ndarray, confidence_M: np.ndarray) -> Settled:
     """After a forward over `works`, whose predictions follow each other: every mode settles its own."""
-    row_M = join([work.row_m for work in works])
-    begins_M = np.ones(len(row_M), dtype=bool)  # a row's predictions stand together
-    begins_M[1:] = row_M[1:] != row_M[:-1]
-    rows_K = row_M[begins_M]
+    row_M, target_M = join([work.row_m for work in works]), join([work.target_m for work in works])
+    row_A = row_M[target_M >= rows.prompt_R[row_M]]  # a prompt's own tokens change nothing of its answer
+    begins_A = np.ones(len(row_A), dtype=bool)  # a row's predictions stand together
+    begins_A[1:] = row_A[1:] != row_A[:-1]
+    rows_K = row_A[begins_A]
     before_K, chosen, at = rows.length_R[rows_K], [], 0
     for work in works:
         mine = slice(at, at + len(work.piece_m))
@@ -126,7 +127,7 @@ def settle(rows: Rows, works: list[Work], tokens_M: np.ndarray, confidence_M: np
         if work.decoding:
             rows.forwards_R[work.rows_n] += 1
         at = mine.stop
-    target_M, chosen_M = join([work.target_m for work in works]), join(chosen)
+    chosen_M = join(chosen)
     if rows.guided_R.any():
         chosen_M = rows.end_at_walls(row_M, target_M, chosen_M)
     done_K = rows.measure(rows_K)

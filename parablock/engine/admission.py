@@ -8,9 +8,10 @@ import torch
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.generate import as_rows, resolve
 from parablock.decoding.grammar import check_grammar
+from parablock.decoding.logprobs import MOST_TOP
 from parablock.engine.config import EngineConfig
 from parablock.engine.request import Request
-from parablock.settings import Model
+from parablock.settings import Model, require
 
 SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.75}
 
@@ -22,7 +23,10 @@ def resolve_request(model: Model, request: Request, block_size: int, max_context
         ValueError: it can never run: an empty prompt, another block size than the engine's, settings the model cannot
             serve, or more tokens than the context or all `pages` of K/V memory hold.
     """
-    prompt = list(request.prompt)
+    prompt, most = list(request.prompt), request.logprobs
+    require(most is None or 0 <= most <= MOST_TOP, "logprobs", most, f"use a number in [0, {MOST_TOP}]")
+    if request.prompt_logprobs and most is None:
+        raise ValueError("prompt_logprobs=True needs a number of logprobs; use logprobs=0 for the tokens' own alone")
     config = resolve(model, as_rows([prompt]), request.config)
     check_grammar(request.grammar, model.get_input_embeddings().weight.shape[0])
     if config.block_size not in (None, block_size):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from parablock.decoding.decoder import begin
-from parablock.decoding.rows import Rows, by_drafter
+from parablock.decoding.rows import FAR, Rows, by_drafter
 from parablock.engine.config import EngineConfig
 from parablock.engine.pages import PagePool
 from parablock.engine.request import Handle
@@ -47,12 +47,17 @@ class Batch:
         if handle.paused is None:
             begin(rows, row, request.prompt, handle.config, request.sample, request.grammar)
             rows.order_R[row] = self.admitted
+            rows.top_R[row] = -1 if request.logprobs is None else request.logprobs
+            rows.scored_R[row] = 1 if request.prompt_logprobs else FAR
         else:
             state, kept = handle.paused
             rows.put_back(row, *state)
+        scores = rows.scored_R[row] < rows.prompt_R[row]
+        if scores:  # the prompt is predicted from its first token on, and all of it is run
+            rows.scored_R[row] = 1
         prefill = int(rows.prefill_R[row])
         # a token that predicts the next one must run in any case
-        reusable = (prefill - int(rows.masked_RC[row, prefill])) // D
+        reusable = 0 if scores else (prefill - int(rows.masked_RC[row, prefill])) // D
         matched = self.pool.match(rows.ids_RC[row], reusable, self._root(row))
         # every row that runs may need a page soon
         pages = self.pool.reserve(matched, prefill // D + 1, spare=running)
@@ -118,7 +123,9 @@ class Batch:
             handle.forwards = int(self.rows.forwards_R[row])
             handle.drafted = by_drafter(self.rows.drafted_RS[row])
             handle.accepted = by_drafter(self.rows.accepted_RS[row])
-            handle.tokens = self.rows.tokens(row) if not self.streaming_R[row] else handle.tokens
+            if not self.streaming_R[row]:
+                handle.tokens = self.rows.tokens(row)
+                handle.logprobs = handle._logprobs(0, len(handle.tokens))
             if reuse:
                 self.register(row)
         pages = self.table_RP[row]

@@ -26,6 +26,7 @@ from parablock.decoding.generate import (
     each_grammar,
     resolve,
 )
+from parablock.decoding.logprobs import TokenLogprob
 from parablock.decoding.rows import DRAFTERS, by_drafter
 from parablock.decoding.work import Settled, settle
 from parablock.engine.admission import kv_pages, resolve_request
@@ -280,9 +281,10 @@ class Engine:
     def _forward(self, step: Plan) -> None:
         rows, started = self.batch.rows, time.perf_counter()
         stood = before(rows) if self.batch.streaming_R.any() else None
-        tokens_M, confidence_M = self.runner.run(rows, self.batch.table_RP, step)
+        tokens_M, confidence_M, told = self.runner.run(rows, self.batch.table_RP, step)
         self.steps += 1
         settled = settle(rows, step.works, tokens_M, confidence_M)
+        self._note(settled, told)
         prefills = [work for work in step.works if not work.decoding]
         for row in (row for work in prefills for row in work.rows_n):
             if rows.start_R[row] == rows.prefill_R[row]:
@@ -291,6 +293,14 @@ class Engine:
         prefill = sum(int(work.final_n.sum()) for work in prefills)
         self.prefill_tokens += prefill
         self.prefill_seconds += (time.perf_counter() - started) * prefill / step.tokens
+
+    def _note(self, settled: Settled, told: dict[int, TokenLogprob]) -> None:
+        """Log-probabilities of predictions that became known, or that are of a prompt, to the handles."""
+        for number, logprob in told.items():
+            row, target = int(settled.row_M[number]), int(settled.target_M[number])
+            handle = self.batch.handles[row]
+            if handle is not None and (settled.chosen_M[number] or target < self.batch.rows.prompt_R[row]):
+                handle._told[target] = logprob
 
     def _tell(self, settled: Settled, stood: Before | None) -> None:
         """Tell the handles what the step did, and end the requests whose response is whole."""
@@ -307,10 +317,12 @@ class Engine:
                     handle.first_token = time.perf_counter() - handle.submitted
                 if shown is not None and streaming_K[k]:
                     new = rows.tokens(row, int(settled.before_K[k]))
+                    logprobs = handle._logprobs(len(handle.tokens), len(new))
                     handle.tokens += new
+                    handle.logprobs += logprobs
                     handle._updates.append(Update(
-                        **{name: array[k] for name, array in vars(shown).items()}, tokens=new, done=done,
-                        forwards=int(rows.forwards_R[row]), drafted=by_drafter(rows.drafted_RS[row]),
+                        **{name: array[k] for name, array in vars(shown).items()}, tokens=new, logprobs=logprobs,
+                        done=done, forwards=int(rows.forwards_R[row]), drafted=by_drafter(rows.drafted_RS[row]),
                         accepted=by_drafter(rows.accepted_RS[row]),
                     ))  # fmt: skip
                     handle._notify()

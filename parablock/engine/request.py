@@ -10,6 +10,7 @@ from typing import Any, Literal
 from parablock.decoding.config import DecodeConfig
 from parablock.decoding.decoder import Window
 from parablock.decoding.grammar import CompiledGrammar
+from parablock.decoding.logprobs import TokenLogprob
 from parablock.decoding.rows import DRAFTERS
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ class Request:
 
     `stream`: make an `Update` after every step. `sample` tells answers to the same prompt and seed apart: it is the row
     that `pb.generate` would give this prompt in a batch. `grammar`: what the answer may say (`pb.Grammars`).
+
+    `logprobs`: tell every token's log-probability, and those of so many most probable tokens there [0, 20], as the
+    model itself gives them (see `decoding/logprobs.py`). `prompt_logprobs`: the same of the prompt's tokens, which are
+    then all run, and in block diffusion take a forward each.
     """
 
     prompt: Sequence[int]
@@ -36,19 +41,23 @@ class Request:
     stream: bool = False
     sample: int = 0
     grammar: CompiledGrammar | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True)
 class Update(Window):
     """One step of one request.
 
-    `tokens`: the response tokens that have newly settled (no mask stands before them). The window is the block being
+    `tokens`: the response tokens that have newly settled (no mask stands before them); `logprobs`: theirs, if asked
+    for. The window is the block being
     decoded: `start` (absolute position; see `pb.stream`'s `Step`), `ids [D]`, `masked [D]` (still unknown), `revealed
     [D]` (by this step) and `confidence [D]` (nan where nothing was revealed); `drafts [K]`, `refused [K]` (-1: none).
     `forwards`: decode forwards so far; `drafted`, `accepted`: tokens so far, by drafter; `done`: the last update.
     """
 
     tokens: list[int]
+    logprobs: list[TokenLogprob]
     forwards: int
     drafted: dict[str, int]
     accepted: dict[str, int]
@@ -65,6 +74,9 @@ class Handle:
         self.config = config  # nothing left open: what the checkpoint decides is filled in
         self.status: Status = "waiting"
         self.tokens: list[int] = []  # settled so far when streaming, else all at the end
+        self.logprobs: list[TokenLogprob] = []  # of `tokens`, if asked for
+        # of the prompt's tokens, if asked for, whole before the first token: nothing predicts the first one
+        self.prompt_logprobs: list[TokenLogprob | None] = []
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.forwards = 0  # decode forwards it took part in
@@ -79,6 +91,7 @@ class Handle:
         self._listener = listener
         self._updates: deque[Update] = deque()
         self._cancelled = False
+        self._told: dict[int, TokenLogprob] = {}  # by position of prompt and answer: what has become known so far
         self.paused: Any = None  # what it needs to go on, when it gave its row and pages to others
 
     @property
@@ -119,6 +132,16 @@ class Handle:
         while self._updates:
             taken.append(self._updates.popleft())
         return taken
+
+    def _logprobs(self, begin: int, tokens: int) -> list[TokenLogprob]:
+        """Of `tokens` tokens of the answer, from its token `begin` on; the prompt's are told with the first ones."""
+        if self.request.logprobs is None:
+            return []
+        length = len(self.request.prompt)
+        whole = length == 1 or length - 1 in self._told
+        if self.request.prompt_logprobs and not self.prompt_logprobs and whole:
+            self.prompt_logprobs = [None, *(self._told[position] for position in range(1, length))]
+        return [self._told[length + number] for number in range(begin, begin + tokens)]
 
     def _notify(self) -> None:
         """Tell the listener; its failure is its own."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from parablock.decoding.dense import last_device
+from parablock.decoding.logprobs import TokenLogprob, distributions
 from parablock.decoding.proposals import propose_tokens
 from parablock.decoding.rows import Rows
 from parablock.decoding.threads import Threads
@@ -96,8 +97,13 @@ class Runner:
             if self._graphs is not None:
                 self._graphs.clear()
 
-    def run(self, rows: Rows, table_RP: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-        """One forward: a token and its confidence `[M]` for every wanted prediction. Waits for the device once."""
+    def run(
+        self, rows: Rows, table_RP: np.ndarray, plan: Plan
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, TokenLogprob]]:
+        """One forward: a token and its confidence `[M]` for every wanted prediction. Waits for the device once.
+
+        Of those whose rows ask for log-probabilities, these (by their number), for which it waits once more.
+        """
         self.queries += plan.tokens
         with torch.inference_mode(), self.threads.for_tokens(plan.tokens):
             packed, sizes, views = self._pack(rows, table_RP, plan)
@@ -105,7 +111,10 @@ class Runner:
                 logits = self._compute(packed.to(self.device, non_blocking=True), sizes, views)
             else:
                 logits = self._graphs.run((tuple(sizes), views), packed, lambda x: self._compute(x, sizes, views))
-            return propose_tokens(logits[: len(plan.source_M)], rows, plan.works)
+            logits = logits[: len(plan.source_M)]
+            own = distributions(logits, rows, plan.works)
+            tokens_M, confidence_M = propose_tokens(logits, rows, plan.works)
+            return tokens_M, confidence_M, own.read(rows, tokens_M) if own else {}
 
     def check(self, rows: Rows, table_RP: np.ndarray) -> None:
         """Run one token over page 0; raises what the device raises."""

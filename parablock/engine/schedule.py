@@ -12,8 +12,10 @@ import numpy as np
 
 from parablock.decoding.decoder import next_work
 from parablock.decoding.rows import Rows
+from parablock.decoding.scoring import also_score, score, scoring
 from parablock.decoding.work import Placed, Work, join, prefill
 
+MOST_SCORED = 256  # tokens of prompts that a forward predicts, each with logits over the vocabulary
 FEW_PAGES = 16  # contexts up to so many pages share a group; longer ones go with their like, by powers of 4
 
 
@@ -53,14 +55,20 @@ class Plan:
 
 def plan(rows: Rows, active: np.ndarray, prefill_chunk: int, powers_of_two: bool = False) -> Plan:
     """The next forward for the `active` rows (their numbers); `powers_of_two` rounds its shapes up."""
-    prefilling = rows.start_R[active] < rows.prefill_R[active]
+    scores = scoring(rows, active)
+    prefilling = ~scores & (rows.start_R[active] < rows.prefill_R[active])
     left = int((rows.prefill_R - rows.start_R)[active[prefilling]].sum())
-    works = next_work(rows, active[~prefilling], beside=min(left, prefill_chunk))
+    works = next_work(rows, active[~prefilling & ~scores], beside=min(left, prefill_chunk))
     if prefilling.any():
         # where many rows decode, as many prompt tokens beside them: else new requests would wait while rows run empty
         decoding = sum(work.tokens for work in works)
-        chosen, width = _choose_prefills(rows, active[prefilling], max(prefill_chunk, decoding))
-        works.append(prefill(rows, chosen, np.full_like(chosen, width)))
+        waiting, chunk = active[prefilling], max(prefill_chunk, decoding)
+        if (rows.scored_R[waiting] < rows.prompt_R[waiting]).any():
+            chunk = min(chunk, MOST_SCORED)
+        chosen, width = _choose_prefills(rows, waiting, chunk)
+        works.append(also_score(rows, prefill(rows, chosen, np.full_like(chosen, width))))
+    if scores.any():
+        works.append(score(rows, active[scores]))
     return _group(rows, works, powers_of_two)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parablock.decoding.config import DecodeConfig
@@ -11,6 +11,7 @@ from parablock.decoding.grammar import CompiledGrammar
 from parablock.decoding.rows import DRAFTERS
 from parablock.engine.request import Handle, QueueFullError, Request, Update
 from parablock.server.errors import ApiError, from_value_error
+from parablock.server.logprobs import Telling, Told, ToldToken
 from parablock.server.served import ServedModel
 from parablock.server.text import AnswerText
 from parablock.server.tool_reader import Event, Reader, Said
@@ -25,6 +26,10 @@ class Choice:
     handle: Handle
     text: AnswerText
     reader: Reader | None = None  # of tool calls
+    telling: Telling | None = None  # its tokens, where their log-probabilities are told
+    echo: str | None = None  # the prompt's text, until it is told
+    echoed: int = 0  # characters of it
+    shown: int = 0  # characters of the answer so far
     tokens: int = 0  # settled so far
     forwards: int = 0
     drafted: Mapping[str, int] = field(default_factory=dict)  # by drafter, so far
@@ -46,12 +51,14 @@ class Choice:
 
 @dataclass
 class Piece:
-    """What is new of one answer: text that may be shown, and what that says; steps; and the reason if it ended."""
+    """What is new of one answer: what text that may be shown says; the tokens whose text begins in it, where they are
+    told; steps; and the reason if it ended.
+    """
 
     choice: Choice
-    text: str
     said: list[Event]
-    updates: list[Update] = field(default_factory=list)
+    tokens: list[ToldToken]
+    updates: list[Update]
 
 
 class Answers:
@@ -62,6 +69,7 @@ class Answers:
         prompts: one entry per answer, in the order of the choices.
         config: how all of them are decoded.
         stops: strings before which an answer ends.
+        told: what is told beside them.
         grammar: what every answer is held to.
         stream: pieces are wanted as they come.
         deadline: seconds until the answers must be whole.
@@ -77,6 +85,7 @@ class Answers:
         prompts: Sequence[list[int]],
         config: DecodeConfig,
         stops: Sequence[str],
+        told: Told,
         grammar: CompiledGrammar | None = None,
         *,
         stream: bool,
@@ -85,6 +94,7 @@ class Answers:
     ) -> None:
         self.served = served
         self.prompts = prompts
+        self.told = told
         self.started = time.perf_counter()
         self.seconds: float | None = None
         self.choices: list[Choice] = []
@@ -99,11 +109,18 @@ class Answers:
         try:
             for index, prompt in enumerate(prompts):
                 watched = stream or bool(stops) or (tools is not None and tools.one)
-                request = Request(prompt, config, stream=watched, sample=index, grammar=grammar)
+                request = Request(
+                    prompt, config, stream=watched, sample=index, grammar=grammar,
+                    logprobs=told.logprobs, prompt_logprobs=told.logprobs is not None and told.echo is not None,
+                )  # fmt: skip
                 handle = served.engine.submit(request, listener)
                 text = AnswerText(served.tokenizer, stops, served.tool_marks if tools else {})
                 reader = tools.reader(served.tool_format) if tools else None
-                self.choices.append(Choice(index, handle, text, reader))
+                telling = None if told.logprobs is None else Telling(served.tokenizer)
+                self.choices.append(choice := Choice(index, handle, text, reader, telling))
+                if told.echo is not None:
+                    choice.echo = served.text_of(told.echo[index])
+                    choice.echoed = len(choice.echo)
         except QueueFullError:
             self.close()
             seconds = served.retry_after(len(prompts))
@@ -123,7 +140,7 @@ class Answers:
             self._changed.clear()
             for choice in unfinished:
                 piece = self._advance(choice)
-                if piece.said or piece.updates or choice.finish_reason is not None:
+                if piece.said or piece.tokens or piece.updates or choice.finish_reason is not None:
                     yield piece
             if all(choice.finish_reason is not None for choice in self.choices):
                 break
@@ -144,9 +161,10 @@ class Answers:
             raise self.served.refusal() or ApiError(500, "decoding failed; try again", code="decoding_failed")
         updates = handle.take_updates()
         new = [token for update in updates for token in update.tokens]
+        told = [logprob for update in updates for logprob in update.logprobs]
         if done and not handle.request.stream:
-            new = handle.tokens
-        choice.tokens += len(new)
+            new, told = handle.tokens, handle.logprobs
+        choice.tokens += len(new) if self.told.answers else 0
         states: list[Update | Handle] = [*updates, *([handle] if done else [])]
         for state in states:
             choice.forwards, choice.drafted, choice.accepted = state.forwards, state.drafted, state.accepted
@@ -156,7 +174,27 @@ class Answers:
             handle.cancel()
         elif done:
             choice.finish_reason = handle.finish_reason
-        return Piece(choice, text, choice.read(text), updates)
+        tokens: list[ToldToken] = []
+        if choice.telling is not None:
+            choice.telling.push(new, told)
+            choice.shown += len(text)
+            whole = choice.finish_reason is not None and not choice.text.stopped
+            tokens = choice.telling.pop(None if whole else choice.shown)
+        if self.told.echo is not None and (new or done):
+            text, tokens = self._echoed(choice, text, tokens)
+        return Piece(choice, choice.read(text), tokens, updates)
+
+    def _echoed(self, choice: Choice, text: str, tokens: list[ToldToken]) -> tuple[str, list[ToldToken]]:
+        """With the prompt before the answer's first piece."""
+        if not self.told.answers:
+            text, tokens = "", []
+        tokens = [replace(token, offset=token.offset + choice.echoed) for token in tokens]
+        if choice.echo is not None and choice.telling is not None:
+            telling = Telling(self.served.tokenizer)
+            telling.push(self.prompts[choice.index], choice.handle.prompt_logprobs)
+            tokens = telling.pop(None) + tokens
+        text, choice.echo = (choice.echo or "") + text, None
+        return text, tokens
 
     def close(self) -> None:
         """Cancel what has not ended."""

@@ -234,7 +234,7 @@ async def _answer(
 ) -> Response:
     """Decode `n` answers to every prompt, whole or as a stream."""
     try:
-        config = body.decode_config()
+        config = body.decode_config(served.stop_token_ids)
     except ValueError as error:
         raise from_value_error(error) from None
     context = served.engine.max_context
@@ -253,6 +253,7 @@ async def _answer(
         every,
         config,
         body.stops(),
+        body.told(),
         grammar,
         stream=stream,
         deadline=state.config.deadline,

@@ -8,6 +8,7 @@ from typing import Any
 
 from parablock.server.answers import Answers, Piece
 from parablock.server.errors import ApiError
+from parablock.server.logprobs import ToldToken
 from parablock.server.spoken import Spoken
 from parablock.server.text import denoising
 
@@ -32,13 +33,16 @@ class Writer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one object."""
+        tokens: list[list[ToldToken]] = [[] for _ in self.answers.choices]
         async for piece in self.answers.pieces():
+            tokens[piece.choice.index] += piece.tokens
             for event in piece.said:
                 self._spoken[piece.choice.index].add(event)
         choices = []
-        for choice, spoken in zip(self.answers.choices, self._spoken, strict=True):
-            content = {"message": spoken.message()} if self.chat else {"text": spoken.text}
-            choices.append({"index": choice.index, **content, "logprobs": None, "finish_reason": choice.finish_reason})
+        for choice, spoken, told in zip(self.answers.choices, self._spoken, tokens, strict=True):
+            content: dict[str, Any] = {"message": spoken.message()} if self.chat else {"text": spoken.text}
+            content["logprobs"] = None if self.answers.told.logprobs is None else self._logprobs(told)
+            choices.append({"index": choice.index, **content, "finish_reason": choice.finish_reason})
         usage = self.answers.usage(self._prompt_tokens)
         return {**self._object(choices), "usage": usage, "parablock": self.answers.figures()}
 
@@ -76,9 +80,13 @@ class Writer:
                     self.answers.served.tokenizer, update, prompt, end, speculative=self.answers.speculative
                 )
                 events.append(self._event([self._part(choice.index, {})], denoising=step))
-        for said in piece.said:
-            if delta := self._spoken[choice.index].add(said):
-                events.append(self._event([self._part(choice.index, delta)]))
+        deltas = [delta for event in piece.said if (delta := self._spoken[choice.index].add(event))]
+        if piece.tokens and not deltas:
+            deltas = [{"content": ""}]
+        parts = [self._part(choice.index, delta) for delta in deltas]
+        if piece.tokens:
+            parts[0]["logprobs"] = self._logprobs(piece.tokens)
+        events += [self._event([part]) for part in parts]
         if choice.finish_reason is not None:
             last = all(c.finish_reason is not None for c in self.answers.choices)
             figures = {"parablock": self.answers.figures()} if last else {}
@@ -88,6 +96,10 @@ class Writer:
     def _part(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         content: dict[str, Any] = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+    def _logprobs(self, told: list[ToldToken]) -> dict[str, Any]:
+        tokens = self.answers.served.tokens
+        return tokens.chat(told) if self.chat else tokens.completion(told)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         usage = {"usage": None} if self._usage else {}

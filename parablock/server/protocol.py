@@ -2,21 +2,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from parablock.decoding.config import DecodeConfig, Drafter, Mode, Strategy
+from parablock.decoding.config import MOST_BIASED, DecodeConfig, Drafter, Mode, Strategy
+from parablock.decoding.logprobs import MOST_TOP
+from parablock.server.logprobs import Told
 from parablock.server.strict import NoMedia, Strict, Text
 from parablock.server.structured import Structured
 from parablock.server.tools import ToolCall, ToolFields, ToolUse
 from parablock.settings import help_of
 
 LARGEST = 2**31 - 1
+MOST_STOPS = 1024
 # of OpenAI's interface: accepted only with the value that changes nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "top_logprobs": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -35,13 +34,25 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 DECODING = (
     "mode", "temperature", "top_p", "top_k", "seed", "threshold", "sub_block_size", "strategy", "factor",
-    "tokens_per_step", "sub_block_cache", "drafter", "draft_tokens", "draft_threshold",
+    "tokens_per_step", "sub_block_cache", "drafter", "draft_tokens", "draft_threshold", "min_p", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens",
 )  # fmt: skip
 
 
 def _setting(name: str, **limits: Any) -> Any:
     """An optional field that is one of `DecodeConfig`'s, in its words."""
     return Field(None, description=help_of(DecodeConfig, name), **limits)
+
+
+def _token_ids(bias: dict[str, float]) -> dict[str, float]:
+    """JSON's keys are texts."""
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise ValueError(f'{key[:50]!r} is no token id; write whole numbers, as in {{"42": -5}}')
+    return bias
+
+
+TokenId = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class TextPart(Strict):
@@ -107,6 +118,11 @@ class Body(Structured):
     temperature: float | None = _setting("temperature", ge=0, le=100)
     top_p: float | None = _setting("top_p", gt=0, le=1)
     seed: int | None = _setting("seed", ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float | None = _setting("presence_penalty", ge=-2, le=2)
+    frequency_penalty: float | None = _setting("frequency_penalty", ge=-2, le=2)
+    logit_bias: Annotated[dict[str, float], AfterValidator(_token_ids)] | None = Field(
+        None, max_length=MOST_BIASED, description="Token ids with what is added to their logits [-100, 100]."
+    )
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -123,6 +139,13 @@ class Body(Structured):
     draft_tokens: int | None = _setting("draft_tokens", ge=1, le=LARGEST)
     draft_threshold: float | None = _setting("draft_threshold", ge=0, lt=1)
     top_k: int | None = _setting("top_k", ge=1, le=LARGEST)
+    min_p: float | None = _setting("min_p", ge=0, le=1)
+    repetition_penalty: float | None = _setting("repetition_penalty", ge=0.01, le=100)
+    ignore_eos: bool | None = _setting("ignore_eos")
+    min_tokens: int | None = _setting("min_tokens", ge=0, le=LARGEST)
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=MOST_STOPS, description="Token ids that end the answer, besides the checkpoint's own."
+    )
     denoising: bool | None = Field(None, description="When streaming: every step's provisional tokens as well.")
 
     @model_validator(mode="before")
@@ -170,10 +193,20 @@ class Body(Structured):
         """Whether something may hold the answers to a grammar."""
         return self.grammar() is not None or self.tool_use() is not None
 
-    def decode_config(self) -> DecodeConfig:
-        """The settings; what is left out has `DecodeConfig`'s default, so without a temperature decoding is greedy."""
-        given = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
-        return DecodeConfig(**given, max_new_tokens=self.longest())
+    def told(self) -> Told:
+        """What is told beside the answers."""
+        return Told()
+
+    def decode_config(self, own_stops: tuple[int, ...]) -> DecodeConfig:
+        """The settings; what is left out has `DecodeConfig`'s default, so without a temperature decoding is greedy.
+
+        `own_stops`: the checkpoint's stop tokens; those of the request are added to them, as vLLM does.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
+        if self.stop_token_ids:
+            given["stop_token_ids"] = (*self.stop_token_ids, *(() if self.ignore_eos else own_stops))
+        bias = tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
+        return DecodeConfig(**given, logit_bias=bias, max_new_tokens=self.longest())
 
 
 class ChatBody(ToolFields, Body):
@@ -181,6 +214,20 @@ class ChatBody(ToolFields, Body):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = _setting("max_new_tokens", ge=1, le=LARGEST)
+    logprobs: bool | None = Field(None, description="Tell every token's log-probability.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_TOP, description="With logprobs: those of so many most probable tokens as well."
+    )
+
+    @model_validator(mode="after")
+    def _top_of_something(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true; set it, or leave top_logprobs out")
+        return self
+
+    def told(self) -> Told:
+        """See `Body.told`."""
+        return Told((self.top_logprobs or 0) if self.logprobs else None)
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatBody":
@@ -197,6 +244,28 @@ class CompletionBody(Body):
     """`POST /v1/completions`: a text, token ids, or a list of either."""
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(
+        None, ge=0, le=LARGEST, description=help_of(DecodeConfig, "max_new_tokens") + " 0: with echo, the prompt alone."
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_TOP, description="Tell every token's log-probability, and so many most probable ones'."
+    )
+    echo: bool | None = Field(None, description="The prompt stands before the answer, with its log-probabilities.")
+
+    @model_validator(mode="after")
+    def _something_to_tell(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 leaves nothing to tell; set echo=true, or ask for a token at least")
+        return self
+
+    def told(self) -> Told:
+        """See `Body.told`."""
+        echo = [prompt for prompt in self.prompts() for _ in range(self.n or 1)] if self.echo else None
+        return Told(self.logprobs, echo, answers=self.max_tokens != 0)
+
+    def longest(self) -> int | None:
+        """The most tokens of an answer; with none, one is decoded all the same."""
+        return 1 if self.max_tokens == 0 else self.max_tokens
 
     @model_validator(mode="after")
     def _some_prompt(self) -> "CompletionBody":

@@ -9,6 +9,7 @@ from typing import Any
 
 from parablock.checkpoints.load import load
 from parablock.decoding.config import Drafter, Mode
+from parablock.decoding.generate import own_stop_tokens
 from parablock.decoding.grammar import Grammars
 from parablock.diffusion.gate import gate_of
 from parablock.diffusion.support import is_adapted
@@ -16,6 +17,7 @@ from parablock.engine.config import EngineConfig
 from parablock.engine.engine import Engine
 from parablock.server.conversation import template_of
 from parablock.server.errors import ApiError, engine_stopped, shutting_down
+from parablock.server.logprobs import Tokens
 from parablock.server.tool_formats import format_of
 from parablock.settings import Model
 
@@ -33,6 +35,8 @@ class ServedModel:
         marks = (self.tool_format.mark, self.tool_format.closer)
         special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.tool_marks = {number: token for number, token in special.items() if token in marks}
+        self.tokens = Tokens(tokenizer)
+        self.stop_token_ids = own_stop_tokens(model)
         gate = gate_of(model)
         self.modes: tuple[Mode, ...] = ("autoregressive", "speculative")  # the first is the default
         if is_adapted(model.config):
@@ -46,6 +50,10 @@ class ServedModel:
         self._grammars: Grammars | None = None
         self._making = threading.Lock()
         self._recent: deque[float] = deque(maxlen=RECENT)  # seconds that the last answers were here
+
+    def text_of(self, prompt: str | Sequence[int]) -> str:
+        """A prompt, which may be given as ids, as text."""
+        return prompt if isinstance(prompt, str) else str(self.tokenizer.decode(prompt, skip_special_tokens=True))
 
     @property
     def grammars(self) -> Grammars:
