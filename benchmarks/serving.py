@@ -4,8 +4,9 @@
 
 One `parablock serve` process holds the bundled block-diffusion model and the AR model it was made from. First the one,
 then the other is asked for `--seconds` by `--clients` at once; a fifth of the requests leave in the middle of their
-answer. Every whole answer is compared with that of `pb.generate`, and at the end no row may be left. Writes
-`benchmarks/results/serving.json`; a wrong or lost answer is exit status 1.
+answer, and a third of the questions are held to a grammar (a JSON schema, a regex or a choice). Every whole answer is
+compared with that of `pb.generate`, and at the end no row may be left. Writes `benchmarks/results/serving.json`; a
+wrong or lost answer is exit status 1.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +27,50 @@ import psutil
 from common import options, questions, setting, write
 
 import parablock as pb
+from parablock.data.chat import encode_prompt
 from parablock.decoding.config import Mode
 from parablock.evals.word_problems import test_problems
 
 MODELS: dict[str, Mode] = {"bundled": "diffusion", "bundled-ar": "autoregressive"}
 LEAVE = 0.2  # of the requests
+SCHEMA = {
+    "type": "object", "required": ["steps", "answer"], "additionalProperties": False,
+    "properties": {
+        "steps": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3},
+        "answer": {"type": "integer", "minimum": 0, "maximum": 999},
+    },
+}  # fmt: skip
+HELD: list[tuple[str, Any, pb.Grammar]] = [
+    ("guided_json", SCHEMA, pb.Grammar("json_schema", json.dumps(SCHEMA))),
+    ("guided_regex", "[0-9]{1,3} [a-z]{3,12}\\.", pb.Grammar("regex", "[0-9]{1,3} [a-z]{3,12}\\.")),
+    ("guided_choice", ["few", "many", "none"], pb.Grammar("choice", '["few", "many", "none"]')),
+]
+
+
+def held(questions: Iterable[str]) -> dict[str, tuple[str, Any, pb.Grammar]]:
+    """Every third question, and what its answers are held to."""
+    return {question: HELD[number % len(HELD)] for number, question in enumerate([*questions][::3])}
 
 
 async def client(url: str, model: str, expected: dict[str, str], number: int, ends_at: float) -> list[dict[str, Any]]:
     """Asks until the time is over; how every request went."""
-    rng, seen = random.Random(number), []
+    rng, seen, grammars = random.Random(number), [], held(expected)
     async with httpx.AsyncClient(base_url=url, timeout=120) as http:
         while time.perf_counter() < ends_at:
             question = rng.choice(list(expected))
             leaves_after = rng.randint(1, 6) if rng.random() < LEAVE else None
+            field, value, _ = grammars.get(question, ("stop", None, None))
             try:
-                seen.append(await ask(http, model, question, expected[question], leaves_after))
+                seen.append(await ask(http, model, question, expected[question], leaves_after, {field: value}))
             except (httpx.HTTPError, KeyError) as error:  # KeyError: a chunk that is an error
                 seen.append({"outcome": repr(error)})
     return seen
 
 
 async def ask(
-    http: httpx.AsyncClient, model: str, question: str, answer: str, leaves_after: int | None
+    http: httpx.AsyncClient, model: str, question: str, answer: str, leaves_after: int | None, more: dict[str, Any]
 ) -> dict[str, Any]:
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "stream": True}
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": question}], "stream": True, **more}
     body["stream_options"] = {"include_usage": True}
     started, pieces, first, tokens = time.perf_counter(), [], 0.0, 0
     async with http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -63,6 +84,7 @@ async def ask(
                 if len(pieces) == leaves_after:
                     return {"outcome": "left"}
     outcome = "right" if "".join(pieces) == answer else "wrong"
+    outcome += ", held to a grammar" if None not in more.values() else ""
     return {"outcome": outcome, "first": first, "whole": time.perf_counter() - started, "tokens": tokens}
 
 
@@ -72,6 +94,18 @@ def expected_answers(model_name: str, mode: Mode, problems: int) -> dict[str, st
     out = pb.generate(model, questions(tokenizer, asked), pb.DecodeConfig(mode=mode))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in out.tokens]
     return {problem.question: text for problem, text in zip(asked, texts, strict=True)}
+
+
+def held_answers(model_name: str, expected: Iterable[str]) -> dict[str, str]:
+    """Those of the questions that have a grammar."""
+    model, tokenizer = pb.load(model_name, device="cpu", dtype="float32")
+    grammars, asked, answers = pb.Grammars(tokenizer), held(expected), {}
+    for question, (_, _, grammar) in asked.items():
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": question}])
+        config = pb.DecodeConfig(mode=MODELS[model_name])
+        [tokens] = pb.generate(model, prompt, config, grammar=grammars.compile(grammar)).tokens
+        answers[question] = tokenizer.decode(tokens, skip_special_tokens=True)
+    return answers
 
 
 def start_server(log: Path, rows: int) -> tuple[subprocess.Popen[bytes], str]:
@@ -92,12 +126,13 @@ async def measure(url: str, model: str, args: Any, server: psutil.Process) -> di
         return round(server.memory_info().rss / 2**20)
 
     expected = expected_answers(model, MODELS[model], args.problems)
+    expected |= held_answers(model, expected)
     started, start = time.perf_counter(), await memory()
     clients = [client(url, model, expected, number, started + args.seconds) for number in range(args.clients)]
     fifth, *seen = await asyncio.gather(memory(args.seconds / 5), *clients)
     took = time.perf_counter() - started
     requests = pd.DataFrame([request for of_client in seen for request in of_client])
-    right = requests[requests.outcome == "right"]
+    right = requests[requests.outcome.str.startswith("right")]
     times = right[["first", "whole"]].quantile([0.5, 0.9, 0.99]).set_index(pd.Index(["p50", "p90", "p99"])).round(4)
     return {
         "model": model,
@@ -134,7 +169,7 @@ def main() -> None:
         finally:
             process.kill()
     write("serving", {**setting(args), "busy_at_the_end": left, "exit_status": status, "runs": runs})
-    bad = [outcome for run in runs for outcome in run["outcomes"] if outcome not in ("right", "left")]
+    bad = [outcome for run in runs for outcome in run["outcomes"] if not outcome.startswith(("right", "left"))]
     if bad or left or status:
         raise SystemExit(f"not every answer came: {bad}, {left:g} rows or pages held, exit status {status}")
 
