@@ -30,19 +30,19 @@ def adjusted(logits_MV: Tensor, rows: Rows, works: list[Work]) -> Tensor:
     target_m = join([work.target_m for work in works])[which]
     every = len(which) == len(row_M)
     logits_MV = logits_MV.float()  # whose in-place changes are the caller's own, where they were float32 already
-    index = None if every else _sent(which, logits_MV.device)
+    index = None if every else sent(which, logits_MV.device)
     logits_mV = logits_MV if index is None else logits_MV[index]
     biases_m = (rows.biased_RK[row_m] >= 0).any(1)
     if biases_m.any():
         m, k = (rows.biased_RK[row_m] >= 0).nonzero()
-        at, token = _sent(np.stack([m, rows.biased_RK[row_m[m], k]]), logits_mV.device)
-        logits_mV.index_put_((at, token), _sent(rows.bias_RK[row_m[m], k], logits_mV.device), accumulate=True)
+        at, token = sent(np.stack([m, rows.biased_RK[row_m[m], k]]), logits_mV.device)
+        logits_mV.index_put_((at, token), sent(rows.bias_RK[row_m[m], k], logits_mV.device), accumulate=True)
     _penalise(logits_mV, rows, row_m, text_m)
     early_m = target_m < rows.prompt_R[row_m] + rows.settings_R["min_tokens"][row_m]
     if early_m.any():
         stops_mK = rows.stops_RK[row_m]
         m, k = ((stops_mK >= 0) & (stops_mK < logits_mV.shape[1]) & early_m[:, None]).nonzero()
-        at, token = _sent(np.stack([m, stops_mK[m, k]]), logits_mV.device)
+        at, token = sent(np.stack([m, stops_mK[m, k]]), logits_mV.device)
         before = logits_mV[at, token]
         logits_mV[at, token] = -torch.inf
         logits_mV[at, token] = torch.where(logits_mV.amax(1)[at] > -torch.inf, -torch.inf, before)
@@ -65,12 +65,12 @@ def _penalise(logits_mV: Tensor, rows: Rows, row_m: np.ndarray, text_m: np.ndarr
     begin_m, end_m = np.where(repeats_m, 0, rows.prompt_R[row_m]), np.where(counts_m, text_m, 0)
     first = int(begin_m[counts_m].min())
     last = max(first, int(end_m.max()))
-    ids_nL = _sent(rows.ids_RC[rows_n, first:last], device)
-    n, begin, prompt, end = _sent(np.stack([n_m, begin_m, rows.prompt_R[row_m], end_m]), device)[:, :, None]
+    ids_nL = sent(rows.ids_RC[rows_n, first:last], device)
+    n, begin, prompt, end = sent(np.stack([n_m, begin_m, rows.prompt_R[row_m], end_m]), device)[:, :, None]
     place_L = torch.arange(first, last, device=device)
     ids_mL = ids_nL[n[:, 0]]
     known_mL = (place_L >= begin) & (place_L < end)
-    repetition, frequency, presence = _sent(np.stack([repetition_m, frequency_m, presence_m]), device)[:, :, None]
+    repetition, frequency, presence = sent(np.stack([repetition_m, frequency_m, presence_m]), device)[:, :, None]
     # a token has one value wherever it stands, in another row's part, too: so all places may write it
     count_mL = _times(ids_mL, known_mL & (place_L >= prompt), logits_mV)
     value_mL = logits_mV.gather(1, ids_mL)
@@ -85,6 +85,6 @@ def _times(ids_mL: Tensor, counted_mL: Tensor, like_mV: Tensor) -> Tensor:
     return torch.zeros_like(like_mV).scatter_add_(1, ids_mL, counted_mL.float()).gather(1, ids_mL)
 
 
-def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
     """On the device, without waiting for the forward that runs there."""
     return torch.from_numpy(numbers).to(device, non_blocking=True)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.decoding.adjust import adjusted
+from parablock.decoding.adjust import adjusted, sent
 from parablock.decoding.guides import restrict
 from parablock.decoding.rows import Rows
 from parablock.decoding.unmasking import propose, uniform
@@ -29,7 +29,7 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
             logits_MV[:, int(mask_token_M[0])] = -torch.inf
     else:
         has = (mask_token_M >= 0).nonzero()[0]
-        where = _sent(np.stack([has, mask_token_M[has]]), device)
+        where = sent(np.stack([has, mask_token_M[has]]), device)
         logits_MV[where[0], where[1]] = -torch.inf
     logits_MV = adjusted(logits_MV, rows, works)
     sampled = (settings_M["temperature"] > 0).nonzero()[0]
@@ -41,7 +41,7 @@ def propose_tokens(logits_MV: Tensor, rows: Rows, works: list[Work]) -> tuple[np
         if len(sampled) == len(row_M):
             tokens, confidence = drawn
         else:
-            index = _sent(sampled, device)
+            index = sent(sampled, device)
             tokens[index], confidence[index] = drawn
     if device.type == "cpu":
         return tokens.numpy(), confidence.numpy()
@@ -56,9 +56,9 @@ def _sample(
     device = logits_MV.device
     top_k_m = settings_m["top_k"]
     whole = np.stack([settings_m["seed"], settings_m["sample"], target_m, draw_m, top_k_m, which_m])
-    seed, sample, target, draw, top_k, which = _sent(whole, device)
+    seed, sample, target, draw, top_k, which = sent(whole, device)
     shares = np.stack([settings_m["temperature"], settings_m["top_p"], settings_m["min_p"]])
-    temperature, top_p, min_p = _sent(shares, device)
+    temperature, top_p, min_p = sent(shares, device)
     return propose(
         logits_MV[which],
         uniform(seed, sample, target, draw),
@@ -67,8 +67,3 @@ def _sample(
         top_k=top_k[:, None] if (top_k_m < logits_MV.shape[-1]).any() else None,
         min_p=min_p[:, None] if settings_m["min_p"].any() else None,
     )
-
-
-def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for the forward that runs there."""
-    return torch.from_numpy(numbers).to(device, non_blocking=True)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from parablock.decoding.config import DecodeConfig
-from parablock.decoding.decoder import Before, before, window
+from parablock.decoding.decoder import Before, before
 from parablock.decoding.generate import (
     DEFAULT_BLOCK_SIZE,
     Asked,
@@ -26,15 +26,15 @@ from parablock.decoding.generate import (
     each_grammar,
     resolve,
 )
-from parablock.decoding.logprobs import TokenLogprob
-from parablock.decoding.rows import DRAFTERS, by_drafter
+from parablock.decoding.rows import DRAFTERS
 from parablock.decoding.work import Settled, settle
 from parablock.engine.admission import kv_pages, resolve_request
 from parablock.engine.batch import Batch
 from parablock.engine.config import EngineConfig
-from parablock.engine.request import Handle, QueueFullError, Request, Status, Update
+from parablock.engine.request import Handle, QueueFullError, Request, Status
 from parablock.engine.runner import Runner
 from parablock.engine.schedule import Plan, plan
+from parablock.engine.telling import note, tell
 from parablock.settings import Model
 
 log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ class Engine:
         tokens_M, confidence_M, told = self.runner.run(rows, self.batch.table_RP, step)
         self.steps += 1
         settled = settle(rows, step.works, tokens_M, confidence_M)
-        self._note(settled, told)
+        note(self.batch, settled, told)
         prefills = [work for work in step.works if not work.decoding]
         for row in (row for work in prefills for row in work.rows_n):
             if rows.start_R[row] == rows.prefill_R[row]:
@@ -294,46 +294,12 @@ class Engine:
         self.prefill_tokens += prefill
         self.prefill_seconds += (time.perf_counter() - started) * prefill / step.tokens
 
-    def _note(self, settled: Settled, told: dict[int, TokenLogprob]) -> None:
-        """Log-probabilities of predictions that became known, or that are of a prompt, to the handles."""
-        for number, logprob in told.items():
-            row, target = int(settled.row_M[number]), int(settled.target_M[number])
-            handle = self.batch.handles[row]
-            if handle is not None and (settled.chosen_M[number] or target < self.batch.rows.prompt_R[row]):
-                handle._told[target] = logprob
-
     def _tell(self, settled: Settled, stood: Before | None) -> None:
         """Tell the handles what the step did, and end the requests whose response is whole."""
-        rows_K, rows = settled.rows_K, self.batch.rows
-        streaming_K = self.batch.streaming_R[rows_K]
-        first_K = (settled.before_K == 0) & (rows.length_R[rows_K] > 0)
-        shown = window(rows, settled, rows_K, stood) if streaming_K.any() and stood else None
-        for k in (first_K | settled.done_K | streaming_K).nonzero()[0]:
-            row, done = int(rows_K[k]), bool(settled.done_K[k])
-            handle = self.batch.handles[row]
-            assert handle is not None
-            try:
-                if first_K[k]:
-                    handle.first_token = time.perf_counter() - handle.submitted
-                if shown is not None and streaming_K[k]:
-                    new = rows.tokens(row, int(settled.before_K[k]))
-                    logprobs = handle._logprobs(len(handle.tokens), len(new))
-                    handle.tokens += new
-                    handle.logprobs += logprobs
-                    handle._updates.append(Update(
-                        **{name: array[k] for name, array in vars(shown).items()}, tokens=new, logprobs=logprobs,
-                        done=done, forwards=int(rows.forwards_R[row]), drafted=by_drafter(rows.drafted_RS[row]),
-                        accepted=by_drafter(rows.accepted_RS[row]),
-                    ))  # fmt: skip
-                    handle._notify()
-                if done:
-                    last = rows.prompt_R[row] + rows.length_R[row] - 1
-                    handle.finish_reason = "stop" if rows.stop_R[row] == last else "length"
-                    self._end(handle, "finished", row=row)
-            except Exception as error:  # what goes wrong for one is no matter of the others
-                log.exception("a request failed")
-                self._end(handle, "failed", error, row)
-        if streaming_K.any():
+        streaming = self.batch.streaming_R.any()
+        for row, handle, error in tell(self.batch, settled, stood):
+            self._end(handle, "failed" if error else "finished", error, row)
+        if streaming:
             with self._changed:
                 self._changed.notify_all()
 
