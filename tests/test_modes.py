@@ -122,7 +122,7 @@ def test_the_page_shows_an_ar_model_with_drafts_that_are_looked_up(served: tuple
     settings = controls.Settings(**dict.fromkeys(names) | given | {"max_tokens": 200, "draft_tokens": 4})
 
     async def last_view() -> dict[str, Any]:
-        async for view in page.answer(site, page.Session(), QUESTION, settings, race=False):
+        async for view in page.answer(site, page.Session(), QUESTION, settings, race=False, again=False):
             last = view
         return last
 
