@@ -29,7 +29,9 @@ from parablock.evals.word_problems import test_problems as problems
 from parablock.server.config import ServeConfig
 
 REPLICA = "ServeReplica:parablock:replica"
-ENVIRONMENT = {"RAY_TMPDIR": SCRATCH, "PARABLOCK_API_KEY": "none"}
+# Ray asks for a token; here one that others know, too
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+ENVIRONMENT = {"RAY_TMPDIR": SCRATCH, "PARABLOCK_API_KEY": "none", **TOKEN}
 QUESTIONS = [problem.question for problem in problems(3, 8)]
 SMALL = ("--cpus-per-replica", "0.5", "--max-rows", "8")
 

@@ -117,7 +117,13 @@ def test_the_page_shows_an_ar_model_with_drafts_that_are_looked_up(served: tuple
         client, "bundled-ar", "bundled-ar", 32, 512, mode="speculative", drafters=("lookup",), history=False, slower=1,
         examples=(),
     )  # fmt: skip
-    given: dict[str, Any] = {"drafter": "lookup", "draft_threshold": 0.0, "temperature": 0.0, "top_p": 1.0}
+    given: dict[str, Any] = {
+        "drafter": "lookup",
+        "draft_threshold": 0.0,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "system": "",
+    }
     names = [field.name for field in dataclasses.fields(controls.Settings)]
     settings = controls.Settings(**dict.fromkeys(names) | given | {"max_tokens": 200, "draft_tokens": 4})
 

@@ -56,7 +56,7 @@ def on_a_device_that_waits(burst: Callable[[Any, Any, threading.Event], Coroutin
 
 def test_the_queue_never_holds_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many at once, whose prompts are encoded beside the event loop; the device stands still meanwhile."""
-    from parablock.server import app as module
+    from parablock.server import conversation as module
 
     monkeypatch.setattr(module, "LONG", 0)
 
