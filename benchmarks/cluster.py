@@ -146,6 +146,18 @@ def soak(process: subprocess.Popen[bytes], url: str, expected: dict[str, str], s
     return {**told, "memory_mib": {"start": before, "end": [round(p.memory_info().rss / 2**20) for p in living()]}}
 
 
+def way_seconds(pid: int) -> dict[str, float]:
+    """What the processor has spent on the way to the replicas so far."""
+    spent = {"ProxyActor": 0.0, "replica:front": 0.0, "ServeController": 0.0}
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            name = " ".join(process.cmdline()).replace("ServeReplica:parablock:front", "replica:front")
+            for kind in spent:
+                if kind in name:
+                    spent[kind] += sum(process.cpu_times()[:2])
+    return spent
+
+
 def _is_replica(process: psutil.Process) -> bool:
     try:
         return "ServeReplica:parablock:replica" in " ".join(process.cmdline())
@@ -172,8 +184,11 @@ def way(problems: int, repeats: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for name, arguments in cases.items():
         with server("bundled", *arguments) as (process, url):
+            before = way_seconds(process.pid)
             asked = [asyncio.run(load(url, expected, CLIENTS, SECONDS, model="bundled")) for _ in range(repeats)]
-            report[name] = {"load": asked, "reused": chats(url, list(expected))}
+            answers = sum(sum(run["outcomes"].values()) for run in asked)
+            spent = {kind: (way_seconds(process.pid)[kind] - seconds) / answers for kind, seconds in before.items()}
+            report[name] = {"load": asked, "way_seconds_per_answer": spent, "reused": chats(url, list(expected))}
             if name == "two replicas":
                 report["soak"] = soak(process, url, expected, SOAK_SECONDS)
         print(name, report[name], flush=True)
