@@ -59,7 +59,7 @@ text = "Jason is 25 years old. Write his name and age as JSON."
 for method in ("json_schema", "function_calling"):
     person = model.with_structured_output(Person, method=method).invoke(text)
     assert person.age == 25, person
-    print(f"with_structured_output, {method}: {person!r}")
+print("with_structured_output, by json_schema and function_calling")
 told = model.bind(logprobs=True, top_logprobs=2).invoke(text).response_metadata["logprobs"]["content"]
 assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in told), told
 print("logprobs: of every token")
