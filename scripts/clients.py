@@ -1,8 +1,8 @@
 """Clients that nobody here wrote do their tasks against a real server: `python scripts/clients.py`.
 
-The tasks are examples/clients/with_*.py. The clients, in the versions of requirements.txt beside them, get an environment
-of their own (about 1 GB; `--venv FOLDER` keeps it, or uses one that is there). The server has `smollm2` and the bundled
-models, on a free port, behind a key. At the end stands the table of docs/serving.md; status 1: a task failed.
+The tasks are examples/clients/with_*.py. The clients, in the versions of requirements.txt beside them, get an
+environment of their own (1.5 GB; `--venv FOLDER` keeps it, or uses one that is there). The server has `smollm2` and the
+bundled models, on a free port, behind a key. At the end stands the table of docs/serving.md; status 1: a task failed.
 """
 
 import argparse

@@ -12,11 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROBLEMS = [
-    ("Mara has 4 boxes with 6 pencils in each. How many pencils does Mara have?", 24),
-    ("Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?", 40),
-    ("Lina had 30 cards but lost 5 of them. Lina buys 7 more. How many cards does Lina have now?", 32),
-    ("Toki has 3 bags with 9 apples in each. Toki buys 5 more. How many apples does Toki have now?", 32),
+ITEMS = ("pencils", "coins", "cards", "apples")
+PROBLEMS = [  # with how the solution begins
+    ("Mara has 4 boxes with 6 pencils in each. Mara buys 5 more. How many pencils does Mara have now?", 29, "4*6=24"),
+    ("Teki had 40 coins but lost 8 of them. Teki buys 8 more. How many coins does Teki have now?", 40, "40-8=32"),
+    ("Lina had 30 cards but lost 5 of them. Lina buys 7 more. How many cards does Lina have now?", 32, "30-5=25"),
+    ("Toki has 3 bags with 9 apples in each. Toki buys 5 more. How many apples does Toki have now?", 32, "3*9=27"),
 ]
 COMMON = """
 dataset_path: json
@@ -37,9 +38,9 @@ metric_list: [{metric: exact_match}]
 CHOICES = """
 task: choices
 output_type: multiple_choice
-doc_to_choice: ["pencils", "coins", "cards", "apples"]
-doc_to_target: "{{item}}"
-doc_to_text: "{{question}} They are"
+doc_to_choice: choices
+doc_to_target: right
+target_delimiter: ""
 metric_list: [{metric: acc}]
 """
 
@@ -50,7 +51,7 @@ def lm_eval(folder: Path, kind: str, task: str, **settings: str) -> dict[str, fl
     arguments = {"base_url": f"{os.environ['OPENAI_BASE_URL']}/{path}", "num_concurrent": "4", **settings}
     command = [Path(sys.executable).with_name("lm_eval"), "--model", kind, "--tasks", task, "--include_path", folder]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
-    command += ["--output_path", folder / task, *(["--apply_chat_template"] if "chat" in kind else [])]
+    command += ["--output_path", folder / task, "--apply_chat_template"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     ended = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -61,8 +62,10 @@ def lm_eval(folder: Path, kind: str, task: str, **settings: str) -> dict[str, fl
 
 with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
-    items = ("pencils", "coins", "cards", "apples")
-    rows = [{"question": q, "result": r, "item": i} for i, (q, r) in enumerate(PROBLEMS)]
+    rows = [
+        {"question": question, "result": result, "choices": [f"{start} {item}" for item in ITEMS], "right": i}
+        for i, (question, result, start) in enumerate(PROBLEMS)
+    ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for task, text in (("problems", ANSWERS), ("choices", CHOICES)):
         (folder / f"{task}.yaml").write_text(COMMON.replace("FILE", str(folder / "rows.jsonl")) + text)
@@ -73,4 +76,4 @@ with tempfile.TemporaryDirectory() as name:
     own = {"model": "bundled-ar", "tokenizer": tokenizer, "tokenizer_backend": "huggingface", "max_length": "512"}
     score = lm_eval(folder, "local-completions", "choices", **own)["acc,none"]
     assert score >= 0.75, score
-    print(f"local-completions: {len(rows)} questions with {len(items)} choices each, by likelihood: {score:.2f} right")
+    print(f"local-completions: {len(rows)} questions with {len(ITEMS)} choices by likelihood, accuracy {score:.2f}")
