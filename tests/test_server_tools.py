@@ -251,3 +251,44 @@ def test_a_schema_that_no_grammar_holds_is_kept_to_only_where_strict(server: Ser
     deep = {**asked, "tools": [{"type": "function", "function": {"name": "f", "parameters": nested}}]}
     with pytest.raises(openai.BadRequestError, match="levels"):
         server.client.chat.completions.create(**deep)
+
+
+FORM: Any = {"type": "json_schema", "json_schema": {"name": "output", "schema": PARAMETERS}}
+NULLS: Any = {"content": None, "refusal": None, "annotations": None, "audio": None, "function_call": None}
+CALLED: Any = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+RESULT: Any = {"role": "tool", "content": "3 degrees", "tool_call_id": "call_1"}
+STREAM: Any = {"stream": True, "stream_options": {"include_usage": True}}
+CHATS: dict[str, Any] = {
+    "instructor": {
+        "max_tokens": 150,
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "tools": [{"type": "function", "function": {**FUNCTION, "parameters": {**PARAMETERS, "title": "Weather"}}}],
+    },
+    "langchain": {
+        "max_completion_tokens": 100, "temperature": 0.0, "parallel_tool_calls": False, "tool_choice": "required",
+        "tools": [STRICT], **STREAM,
+    },
+    "langchain, a result": {
+        "max_completion_tokens": 100, "stream": False, "tool_choice": "none", "tools": [WEATHER],
+        "messages": [*MESSAGES, {"role": "assistant", **NULLS, "tool_calls": [CALLED]}, RESULT],
+    },
+    "llm": {"temperature": 0, "max_tokens": 150, "seed": 1, "response_format": FORM, **STREAM},
+    "lm_eval": {"max_tokens": 16, "temperature": 0, "stop": ["<|im_end|>"], "seed": 1234},
+    "vllm": {"guided_choice": ["Oslo", "Rome"], "user": "a", "n": 1, "logprobs": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_what_other_clients_send(server: Served, name: str) -> None:
+    """The bodies of clients that nobody here wrote (scripts/clients.py runs these themselves)."""
+    asked = {"model": ASK["model"], "messages": MESSAGES} | CHATS[name]
+    answer = server.http.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    if asked.get("stream"):
+        *chunks, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        usage = json.loads(chunks[-1])
+        assert done == "[DONE]"
+        assert usage["choices"] == []
+        assert usage["usage"]["completion_tokens"] > 0
+    else:
+        assert answer.json()["choices"][0]["finish_reason"] in ("stop", "length", "tool_calls")
