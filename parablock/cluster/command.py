@@ -56,7 +56,7 @@ def run_cluster(service: Service, key: str | None) -> None:
                 _drain(service.serve.drain, came)
         finally:
             serve.delete(NAME)
-            if service.cluster.address is None:
+            if not serve.status().applications:  # nor does anybody else need the port
                 serve.shutdown()
 
 
