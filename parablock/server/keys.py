@@ -55,6 +55,8 @@ def _read(path: Path) -> tuple[Key, ...]:
     try:
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
+    except OSError as error:
+        raise OSError(f"--api-keys {path} cannot be read ({error.strerror}); name a file") from None
     except ValueError as error:  # of tomllib it names the line
         raise ValueError(f"{path}: no TOML: {error}") from None
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
