@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from parablock.decoding.rows import Rows
+from parablock.decoding.unmasking import sent
 from parablock.decoding.work import Work, join
 
 
@@ -83,8 +84,3 @@ def _penalise(logits_mV: Tensor, rows: Rows, row_m: np.ndarray, text_m: np.ndarr
 def _times(ids_mL: Tensor, counted_mL: Tensor, like_mV: Tensor) -> Tensor:
     """How often the token of each place stands at the counted ones of its row `[m, L]`."""
     return torch.zeros_like(like_mV).scatter_add_(1, ids_mL, counted_mL.float()).gather(1, ids_mL)
-
-
-def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for the forward that runs there."""
-    return torch.from_numpy(numbers).to(device, non_blocking=True)

@@ -64,6 +64,7 @@ class Vocabulary:
         own.no_padding()
         own.no_truncation()
         self.known = frozenset(own.get_vocab().values())
+        self.size = max(self.known) + 1
         own.add_special_tokens([END])
         end = own.token_to_id(END)
         assert end is not None
@@ -161,7 +162,7 @@ def check_grammar(grammar: object, vocabulary: int) -> None:
         raise ValueError(
             f"grammar is {type(grammar).__name__}; compile it: pb.Grammars(tokenizer).compile(pb.Grammar(...))"
         )
-    if (size := max(grammar.vocabulary.known) + 1) > vocabulary:
+    if (size := grammar.vocabulary.size) > vocabulary:
         raise ValueError(
             f"the grammar was compiled for a tokenizer of {size} tokens, and the model has {vocabulary}; use the "
             "model's own"

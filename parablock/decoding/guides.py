@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parablock.decoding.rows import FAR, Rows
+from parablock.decoding.unmasking import sent
 from parablock.decoding.work import Work, join
 
 
@@ -31,13 +32,13 @@ def restrict(logits_MV: Tensor, rows: Rows, works: list[Work]) -> None:
         guide = rows.guides[row_m[m]]
         assert guide is not None
         rows.wall_R[row_m[m]], rows.whole_R[row_m[m]] = target_m[m], ends_m[m] and not guide.matcher.is_error()
-    refused_mV = ~_unpacked(torch.from_numpy(bits_mW.view(np.uint8)).to(logits_MV.device, non_blocking=True))
+    refused_mV = ~_unpacked(sent(bits_mW.view(np.uint8), logits_MV.device))
     V, known = logits_MV.shape[1], refused_mV.shape[1]
     refused_mV = torch.nn.functional.pad(refused_mV[:, :V], (0, max(0, V - known)), value=True)
     if len(which_m) == len(row_M) and (which_m[1:] > which_m[:-1]).all():
         logits_MV.masked_fill_(refused_mV, -torch.inf)
     else:
-        index = torch.from_numpy(which_m).to(logits_MV.device, non_blocking=True)
+        index = sent(which_m, logits_MV.device)
         logits_MV[index] = logits_MV[index].masked_fill(refused_mV, -torch.inf)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parablock.decoding.rows import Rows
+from parablock.decoding.unmasking import sent
 from parablock.decoding.work import Work, join
 
 MOST_TOP = 20
@@ -42,7 +43,7 @@ class Distributions:
         tokens_m = tokens_M[self.which_m]
         tokens_m = np.where(prompt_m, rows.ids_RC[self.row_m, self.target_m * prompt_m], tokens_m)
         most = min(int(rows.top_R[self.row_m].max()), self.log_p_mV.shape[1])
-        index_m1 = torch.from_numpy(tokens_m).to(self.log_p_mV.device)[:, None]
+        index_m1 = sent(tokens_m, self.log_p_mV.device)[:, None]
         top_mK, ids_mK = self.log_p_mV.topk(most, dim=1)
         told_mK = torch.cat([self.log_p_mV.gather(1, index_m1), top_mK], 1).tolist()
         counts_m = rows.top_R[self.row_m].tolist()
@@ -61,9 +62,9 @@ def distributions(logits_MV: Tensor, rows: Rows, works: list[Work]) -> Distribut
     if not len(which):
         return None
     row_m, target_m = row_M[which], join([work.target_m for work in works])[which]
-    logits_mV = logits_MV[torch.from_numpy(which).to(logits_MV.device)].float()
+    logits_mV = logits_MV[sent(which, logits_MV.device)].float()
     mask_token_m = rows.settings_R["mask_token_id"][row_m]
     m = (mask_token_m >= 0).nonzero()[0]
-    at, token = torch.from_numpy(np.stack([m, mask_token_m[m]])).to(logits_mV.device)
+    at, token = sent(np.stack([m, mask_token_m[m]]), logits_mV.device)
     logits_mV[at, token] = -torch.inf
     return Distributions(which, row_m, target_m, torch.log_softmax(logits_mV, -1))

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parablock.decoding.adjust import adjusted, sent
+from parablock.decoding.adjust import adjusted
 from parablock.decoding.guides import restrict
 from parablock.decoding.rows import Rows
-from parablock.decoding.unmasking import propose, uniform
+from parablock.decoding.unmasking import propose, sent, uniform
 from parablock.decoding.work import Work, join
 
 

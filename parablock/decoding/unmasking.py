@@ -104,3 +104,8 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
+def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, without waiting for the forward that runs there."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)

@@ -85,7 +85,10 @@ def next_work(rows: Rows, which: np.ndarray) -> Work:
     return Work(
         which, first_n, width_n, np.ones_like(which), np.zeros_like(which), piece_m, query_q[asked_m],
         target_m, np.zeros_like(piece_m), np.where(drafts_q[asked_m], text_q[asked_m], target_m),
-        partial(settle, drafted=drafted, clean_n=layout.clean_n > 0, truth_m=truth_q[asked_m], new_m=drafts_q[asked_m]),
+        partial(
+            settle, drafted=drafted, drafts=drafts, clean_n=layout.clean_n > 0, truth_m=truth_q[asked_m],
+            new_m=drafts_q[asked_m],
+        ),
         placed=placed,
     )  # fmt: skip
 
@@ -154,8 +157,8 @@ def _placed(
 
 
 def settle(
-    rows: Rows, work: Work, tokens_m: np.ndarray, confidence_m: np.ndarray, *, drafted: Drafted, clean_n: np.ndarray,
-    truth_m: np.ndarray, new_m: np.ndarray,
+    rows: Rows, work: Work, tokens_m: np.ndarray, confidence_m: np.ndarray, *, drafted: Drafted,
+    drafts: tuple[np.ndarray, np.ndarray], clean_n: np.ndarray, truth_m: np.ndarray, new_m: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """Every row accepts its drafts up to the first wrong one, and the truth behind them; if none is wrong, it keeps
     the new drafts, and a block that is full has been committed.
@@ -170,7 +173,6 @@ def settle(
     right_n = accepted_n == drafted.drafts_n
     moves_n = right_n & clean_n
     chosen_m: np.ndarray = np.where(truth_m, ahead_m <= accepted_n[piece_m], ~new_m & moves_n[piece_m])
-    drafts = _positions(rows, which, drafted)
     rows.ids_RC[drafts] = rows.settings_R["mask_token_id"][drafts[0]]
     rows.drafted_RS[which, MASKS] += drafted.drafts_n
     rows.accepted_RS[which, MASKS] += accepted_n
